@@ -1,0 +1,299 @@
+package paxosgroup
+
+import (
+	"fmt"
+	"time"
+)
+
+// ReplicaID names one acceptor for ever: a replica that lost its disk comes
+// back under a new one. Zero means none.
+type ReplicaID uint32
+
+// GroupID names the Multi-Paxos group of one shard.
+type GroupID uint32
+
+// Slot is a position in a group's log: 1, 2, 3, …
+type Slot uint64
+
+// Incarnation is one life of a region's database, from its seeding to its next.
+type Incarnation uint64
+
+func (i Incarnation) String() string { return fmt.Sprintf("%016x", uint64(i)) }
+
+// Instant is a reading of the machine's boot-time clock (CLOCK_BOOTTIME) in
+// nanoseconds: it never steps back and goes on while the machine is suspended.
+type Instant int64
+
+// Add returns the instant d later.
+func (t Instant) Add(d time.Duration) Instant { return t + Instant(d) }
+
+// Sub returns the time from u to t.
+func (t Instant) Sub(u Instant) time.Duration { return time.Duration(t - u) }
+
+// Ballot orders leaderships: first by counter, then by replica.
+type Ballot struct {
+	Counter uint64
+	Replica ReplicaID
+}
+
+// Less reports whether b is ordered before c.
+func (b Ballot) Less(c Ballot) bool {
+	return b.Counter < c.Counter || b.Counter == c.Counter && b.Replica < c.Replica
+}
+
+// IsZero reports whether b is no ballot at all.
+func (b Ballot) IsZero() bool { return b == Ballot{} }
+
+func (b Ballot) String() string { return fmt.Sprintf("%d.%d", b.Counter, b.Replica) }
+
+// EntryKind says what a slot's value is to the core. What a data entry means
+// (a transaction, a fragment, a sequence mark) is its proposer's affair.
+type EntryKind uint8
+
+// The kinds of entries. Their numbers are on disk and on the wire.
+const (
+	KindNoOp    EntryKind = 1 // fills a gap
+	KindOpening EntryKind = 2 // the first entry of a term
+	KindData    EntryKind = 3 // numbered 1, 2, 3, … within its term
+	KindConfig  EntryKind = 4 // a membership, payload is its encoding; exempt from terms
+)
+
+func (k EntryKind) String() string {
+	switch k {
+	case KindNoOp:
+		return "noop"
+	case KindOpening:
+		return "opening"
+	case KindData:
+		return "data"
+	case KindConfig:
+		return "config"
+	}
+	return fmt.Sprintf("kind(%d)", uint8(k))
+}
+
+// Entry is the value of a slot. Term, Number, Region and Incarnation are those
+// of the leadership that first proposed it and travel unchanged when a later
+// leader proposes it again.
+type Entry struct {
+	Kind        EntryKind
+	Term        Ballot
+	Number      uint64 // within Term; 0 for anything but data
+	Region      string
+	Incarnation Incarnation
+	Payload     []byte
+}
+
+// MemberKind says what a member does.
+type MemberKind uint8
+
+// The kinds of members. Their numbers are on disk and on the wire.
+const (
+	Voter   MemberKind = 1 // log and database
+	Witness MemberKind = 2 // votes and keeps log, no database
+	Learner MemberKind = 3 // log and database, no vote
+)
+
+// Member is one replica of a group.
+type Member struct {
+	ID     ReplicaID
+	Region string
+	Kind   MemberKind
+}
+
+// Membership is the configuration of a group at a slot. The configuration that
+// governs slot s is fixed by the chosen entries below s, and a leader proposes
+// nothing above an undecided configuration entry: so each slot has exactly one
+// configuration, whoever proposes in it.
+type Membership struct {
+	Members []Member
+	Phase1  int       // voters needed in phase 1; 0 means a majority
+	Phase2  int       // voters needed in phase 2; 0 means a majority
+	NextID  ReplicaID // the smallest id never used
+}
+
+// Judge is the state by which learners tell effective entries from void ones,
+// in slot order: an opening is effective if its ballot is above Term; a data
+// entry only if it is of Term and has number Next.
+type Judge struct {
+	Term        Ballot
+	Region      string
+	Incarnation Incarnation
+	Next        uint64
+}
+
+// Base is where a replica's log starts: everything at or below Slot is held as
+// a database image, not as entries. Slot 0 is the empty log.
+type Base struct {
+	Slot       Slot
+	Judge      Judge
+	Membership Membership
+}
+
+// Verdict is what the learners, all alike, make of a chosen entry.
+type Verdict uint8
+
+// The verdicts.
+const (
+	Void      Verdict = 1 // a no-op in every region
+	Effective Verdict = 2
+)
+
+// Delivered is a chosen entry with its verdict. Delivery is in slot order and
+// without a gap. No-ops are Void; effective configuration entries are Effective.
+type Delivered struct {
+	Slot    Slot
+	Entry   Entry
+	Verdict Verdict
+}
+
+// RecordKind says what a durable record holds.
+type RecordKind uint8
+
+// The kinds of records. Their numbers are on disk.
+const (
+	RecordPromise RecordKind = 1 // Ballot was promised
+	RecordAccept  RecordKind = 2 // Entry was accepted in Slot at Ballot
+	RecordLearn   RecordKind = 3 // Entry is chosen in Slot (learned from a peer)
+	RecordChosen  RecordKind = 4 // every slot up to Slot is chosen and holds what was last accepted or learned there; needs no flush of its own
+	RecordBase    RecordKind = 5 // the log starts anew at Base; everything before is dropped
+)
+
+// Record is one durable fact of a group.
+type Record struct {
+	Kind   RecordKind
+	Ballot Ballot
+	Slot   Slot
+	Entry  Entry
+	Base   *Base
+}
+
+// NeedsFlush reports whether a message may rest on the record.
+func (r Record) NeedsFlush() bool { return r.Kind != RecordChosen }
+
+// Restored is what the durable log gives back at start.
+type Restored struct {
+	Base     Base
+	Promised Ballot
+	Chosen   Slot            // highest RecordChosen; may lag behind what was really chosen
+	Accepted []AcceptedEntry // slots above Chosen, ascending
+}
+
+// AcceptedEntry is an entry with the ballot at which it was accepted.
+type AcceptedEntry struct {
+	Slot   Slot
+	Ballot Ballot
+	Entry  Entry
+}
+
+// SlotEntry is a chosen entry in its slot.
+type SlotEntry struct {
+	Slot  Slot
+	Entry Entry
+}
+
+// Storage reads back what the core handed out to be persisted. It is called
+// from within Step and Tick, must be deterministic, and sees every record
+// handed out, flushed or not.
+type Storage interface {
+	// Chosen returns consecutive chosen entries from slot from on, at most up
+	// to slot to and (beyond the first) maxBytes of payload.
+	Chosen(from, to Slot, maxBytes int) ([]SlotEntry, error)
+}
+
+// MessageKind says what a message is.
+type MessageKind uint8
+
+// The kinds of messages. Their numbers are on the wire.
+const (
+	MsgPreVote      MessageKind = 1  // would you promise Ballot? carries Chosen and Applied
+	MsgPreVoteReply MessageKind = 2  // Granted, or Ballot of what stands in the way
+	MsgPrepare      MessageKind = 3  // phase 1a over all slots from Slot on
+	MsgPromise      MessageKind = 4  // phase 1b: Accepted above the sender's Chosen, and Chosen
+	MsgAccept       MessageKind = 5  // phase 2a: Entries (consecutive or not) at Ballot
+	MsgAccepted     MessageKind = 6  // phase 2b: Slots accepted at Ballot
+	MsgReject       MessageKind = 7  // Ballot is promised, or a lease is honoured
+	MsgHeartbeat    MessageKind = 8  // lease request, Chosen; SentAt is echoed
+	MsgHeartbeatAck MessageKind = 9  // lease grant, the sender's Chosen and Applied
+	MsgFetch        MessageKind = 10 // send me chosen entries from Slot on
+	MsgLearn        MessageKind = 11 // chosen Entries from Slot on; Chosen of the sender
+	MsgTimeoutNow   MessageKind = 12 // campaign at once: leadership is handed to you
+	MsgNeedSnapshot MessageKind = 13 // what you fetch is below my base
+)
+
+// Message is what replicas of one group send each other. Which fields are set
+// depends on Kind; the core neither keeps nor changes a message it was given,
+// and shares payload bytes.
+type Message struct {
+	Kind     MessageKind
+	From, To ReplicaID
+	Ballot   Ballot
+	Slot     Slot
+	Chosen   Slot
+	Applied  Slot
+	SentAt   Instant // sender's clock, echoed, never compared with another clock
+	Granted  bool
+	Transfer bool // Prepare and PreVote of a handed-over leadership pass a lease
+	Slots    []Slot
+	Accepted []AcceptedEntry
+	Entries  []SlotEntry
+}
+
+// Ready is what the caller owes the core, to be paid in field order.
+type Ready struct {
+	Seq       uint64      // to be handed to Persisted when Persist is flushed
+	Send      []Message   // rests on nothing unflushed: send now; any may be lost
+	Persist   []Record    // append to the log and flush
+	AfterSync []Message   // rests on Persist (and on all earlier Readies'): send when it is durable
+	Delivered []Delivered // newly chosen, in slot order
+	Snapshot  bool        // this replica is behind every peer's base: it needs an image
+}
+
+// Role is what a replica is at the moment.
+type Role uint8
+
+// The roles.
+const (
+	Follower  Role = 1
+	Candidate Role = 2 // pre-vote or phase 1
+	Leader    Role = 3 // phase 1 done; opening proposed
+)
+
+func (r Role) String() string {
+	switch r {
+	case Follower:
+		return "follower"
+	case Candidate:
+		return "candidate"
+	case Leader:
+		return "leader"
+	}
+	return fmt.Sprintf("role(%d)", uint8(r))
+}
+
+// Status is a snapshot of a replica.
+type Status struct {
+	ID         ReplicaID
+	Role       Role
+	Leader     ReplicaID // believed; 0 if none is known
+	Ballot     Ballot    // leader: its own; else the highest seen
+	Promised   Ballot
+	LeaseUntil Instant // leader: until when it may rely on its lease; 0 if not held
+	Base       Slot
+	Chosen     Slot
+	LastSlot   Slot // leader: highest slot proposed
+	Judge      Judge
+	Membership Membership
+	Peers      []PeerStatus // leader only
+	Void       uint64       // void entries delivered since start
+}
+
+// PeerStatus is what a leader knows of a follower.
+type PeerStatus struct {
+	ID        ReplicaID
+	Chosen    Slot
+	Applied   Slot
+	InFlight  int
+	LastHeard Instant
+	RoundTrip time.Duration
+}
