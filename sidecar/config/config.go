@@ -1,0 +1,214 @@
+package config
+
+import (
+	"path/filepath"
+	"time"
+)
+
+// Config is the configuration of one region's sidecar. It is a plain value:
+// copy it, do not change one that is in use.
+type Config struct {
+	// Cluster names the cluster. Sidecars refuse to talk to one of another cluster.
+	Cluster string `yaml:"cluster"`
+	// Region names this region; it must be listed in Regions.
+	Region string `yaml:"region"`
+	// DataDir is the absolute path of the directory the sidecar keeps its state
+	// in. It belongs to one sidecar.
+	DataDir string `yaml:"data_dir"`
+	// Postgres is this region's own server, the only one the sidecar connects to.
+	Postgres Postgres `yaml:"postgres"`
+	// Listen holds the addresses this sidecar serves.
+	Listen Listen `yaml:"listen"`
+	// Regions lists the regions of the cluster, this one included, at addresses
+	// as seen from here.
+	Regions []Region `yaml:"regions"`
+	// PreferredLeader names the region that should lead when it can; empty
+	// leaves leadership where it is.
+	PreferredLeader string `yaml:"preferred_leader"`
+
+	Consensus      Consensus      `yaml:"consensus"`
+	Log            Log            `yaml:"log"`
+	Capture        Capture        `yaml:"capture"`
+	Replay         Replay         `yaml:"replay"`
+	Snapshot       Snapshot       `yaml:"snapshot"`
+	Tracing        Tracing        `yaml:"tracing"`
+	Feed           Feed           `yaml:"feed"`
+	TransactionLog TransactionLog `yaml:"transaction_log"`
+	Logging        Logging        `yaml:"logging"`
+}
+
+// Postgres says how to reach this region's server.
+type Postgres struct {
+	// DSN is a URL or keyword/value connection string to the one replicated
+	// database, as a role with SUPERUSER.
+	DSN string `yaml:"dsn"`
+	// BinDir holds pg_dump and pg_restore of the server's major version. Empty:
+	// /usr/lib/postgresql/MAJOR/bin where that exists, else PATH. See Binary.
+	BinDir string `yaml:"bin_dir"`
+	// ApplicationName is what the sidecar's replication connection is called and
+	// what synchronous_standby_names will list.
+	ApplicationName string `yaml:"application_name"`
+	// DefaultReadOnly has default_transaction_read_only set on the database
+	// while this region leads no shard, so that drivers asked for a read-write
+	// session pass it by.
+	DefaultReadOnly bool `yaml:"default_read_only"`
+}
+
+// Listen holds the addresses, as host:port, at which the sidecar serves.
+type Listen struct {
+	// Peer serves the other regions' sidecars: consensus and seeding.
+	Peer string `yaml:"peer"`
+	// Admin serves paxosctl, load balancers and Prometheus.
+	Admin string `yaml:"admin"`
+	// NATS serves clients of the embedded change feed.
+	NATS string `yaml:"nats"`
+	// NATSCluster serves the other regions' embedded NATS servers.
+	NATSCluster string `yaml:"nats_cluster"`
+}
+
+// Region is one region of the cluster.
+type Region struct {
+	// Name is unique in the cluster.
+	Name string `yaml:"name"`
+	// Peer is the host:port of its sidecar's listen.peer, as reached from here.
+	Peer string `yaml:"peer"`
+	// NATSRoute is the host:port of its listen.nats_cluster, as reached from
+	// here; needed only with the embedded feed.
+	NATSRoute string `yaml:"nats_route,omitempty"`
+}
+
+// Consensus holds the timing and the window of the Paxos groups. Give all
+// regions the same: the lease is safe only if all agree on it.
+type Consensus struct {
+	// HeartbeatInterval is how often a leader speaks to its followers.
+	HeartbeatInterval time.Duration `yaml:"heartbeat_interval"`
+	// ElectionTimeoutMin is the shortest silence after which a follower
+	// campaigns; each draws a time between it and twice it.
+	ElectionTimeoutMin time.Duration `yaml:"election_timeout_min"`
+	// LeaseDuration is for how long acceptors promise not to elect another.
+	LeaseDuration time.Duration `yaml:"lease_duration"`
+	// ClockDriftPPMMax bounds the difference between the rates of two regions'
+	// clocks, in parts per million.
+	ClockDriftPPMMax int64 `yaml:"clock_drift_ppm_max"`
+	// WindowSlotsMax bounds the slots proposed and not yet chosen.
+	WindowSlotsMax int `yaml:"window_slots_max"`
+	// WindowBytesMax bounds the payload of these slots.
+	WindowBytesMax ByteSize `yaml:"window_bytes_max"`
+}
+
+// Log configures the durable log of the Paxos groups.
+type Log struct {
+	// Dir is an absolute path; empty in the file means DataDir/log.
+	Dir string `yaml:"dir"`
+	// SegmentBytes is the size at which a new file is begun.
+	SegmentBytes ByteSize `yaml:"segment_bytes"`
+}
+
+// Capture configures reading the local server's changes.
+type Capture struct {
+	// FragmentBytesMax is the largest body of one log entry; a larger
+	// transaction goes as several.
+	FragmentBytesMax ByteSize `yaml:"fragment_bytes_max"`
+}
+
+// Replay configures applying other regions' transactions here.
+type Replay struct {
+	// BatchBytesMax bounds the bodies applied in one PostgreSQL transaction.
+	BatchBytesMax ByteSize `yaml:"batch_bytes_max"`
+	// LockTimeout is how long replay waits for a lock before it tries again.
+	LockTimeout time.Duration `yaml:"lock_timeout"`
+	// MaxReaderDelay is for how long local readers may hold up replay before
+	// their sessions are ended; while a region is promoted they are ended at once.
+	MaxReaderDelay time.Duration `yaml:"max_reader_delay"`
+}
+
+// Snapshot configures the seeding of a region.
+type Snapshot struct {
+	// Parallel is the number of tables copied at once.
+	Parallel int `yaml:"parallel"`
+}
+
+// Tracing configures the export of spans.
+type Tracing struct {
+	// OTLP is the OTLP/gRPC endpoint, http://host:port or https://host:port;
+	// empty turns tracing off.
+	OTLP string `yaml:"otlp"`
+	// SampleRatio is the share of transactions without a client's trace that
+	// begin one of their own, 0 to 1.
+	SampleRatio float64 `yaml:"sample_ratio"`
+}
+
+// Feed configures the change feed to NATS JetStream.
+type Feed struct {
+	// Enabled turns the feed on.
+	Enabled bool `yaml:"enabled"`
+	// ExternalURL is a NATS server to publish to; empty runs one within the sidecar.
+	ExternalURL string `yaml:"external_url"`
+	// MaxAge is how long the stream keeps a change.
+	MaxAge time.Duration `yaml:"max_age"`
+	// MaxBytes bounds the stream.
+	MaxBytes ByteSize `yaml:"max_bytes"`
+}
+
+// TransactionLog bounds quorate.log.
+type TransactionLog struct {
+	// MaxAge is how long a transaction stays readable there.
+	MaxAge time.Duration `yaml:"max_age"`
+	// MaxBytes bounds its size in the database.
+	MaxBytes ByteSize `yaml:"max_bytes"`
+}
+
+// Logging configures the sidecar's own log on stderr.
+type Logging struct {
+	// Level is debug, info, warn or error.
+	Level string `yaml:"level"`
+	// Format is json or text.
+	Format string `yaml:"format"`
+}
+
+// Default returns the configuration with every default and nothing that has none.
+// Log.Dir is left empty: it follows DataDir.
+func Default() Config {
+	return Config{
+		Postgres: Postgres{ApplicationName: "quorate"},
+		Listen: Listen{
+			Peer:        "0.0.0.0:7460",
+			Admin:       "127.0.0.1:7461",
+			NATS:        "127.0.0.1:7462",
+			NATSCluster: "0.0.0.0:7463",
+		},
+		Consensus: Consensus{
+			HeartbeatInterval:  100 * time.Millisecond,
+			ElectionTimeoutMin: time.Second,
+			LeaseDuration:      1500 * time.Millisecond,
+			ClockDriftPPMMax:   500,
+			WindowSlotsMax:     4096,
+			WindowBytesMax:     64 << 20,
+		},
+		Log:            Log{SegmentBytes: 64 << 20},
+		Capture:        Capture{FragmentBytesMax: 1 << 20},
+		Replay:         Replay{BatchBytesMax: 4 << 20, LockTimeout: time.Second, MaxReaderDelay: 30 * time.Second},
+		Snapshot:       Snapshot{Parallel: 4},
+		Tracing:        Tracing{SampleRatio: 1},
+		Feed:           Feed{MaxAge: 24 * time.Hour, MaxBytes: 1 << 30},
+		TransactionLog: TransactionLog{MaxAge: 7 * 24 * time.Hour, MaxBytes: 256 << 20},
+		Logging:        Logging{Level: "info", Format: "json"},
+	}
+}
+
+// fill completes what follows from other settings.
+func (c *Config) fill() {
+	if c.Log.Dir == "" && c.DataDir != "" {
+		c.Log.Dir = filepath.Join(c.DataDir, "log")
+	}
+}
+
+// Own returns this region's entry of Regions.
+func (c Config) Own() Region {
+	for _, r := range c.Regions {
+		if r.Name == c.Region {
+			return r
+		}
+	}
+	return Region{}
+}
