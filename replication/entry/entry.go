@@ -30,7 +30,8 @@ type Trace struct {
 
 // Header identifies a transaction of one incarnation. Checksum is the CRC-32C
 // of the body (for a transaction in fragments: of all of them in order), so a
-// redelivered commit is recognised by content: Xid, CommitTime and Checksum.
+// redelivered commit is recognised by content: see Same. A fragment's header
+// has its Xid, and Checksum and BodyBytes of that fragment's own body.
 type Header struct {
 	Xid        uint64 // extended by epoch
 	EndLSN     LSN
@@ -41,15 +42,22 @@ type Header struct {
 	BodyBytes  uint64
 }
 
+// Same reports whether g is another delivery of the commit h: all but the trace
+// and the position, which a publisher may set otherwise, must be equal.
+func (h Header) Same(g Header) bool {
+	return h.Xid == g.Xid && h.CommitTime.Equal(g.CommitTime) &&
+		h.Checksum == g.Checksum && h.BodyBytes == g.BodyBytes && h.Changes == g.Changes
+}
+
 // Payload is a decoded data entry. Body is shared with the encoded bytes.
 //
 // The body is pgoutput messages in their wire form, each with a length before
-// it, in order. A Relation (and Type) message stands before the first change
-// of each relation that the body uses, once a transaction, so that whoever has
-// all of a transaction's body can decode it alone.
+// it, in order. A Relation message stands before the first change of each
+// relation that the body uses, once a transaction unless it changes within it,
+// so that whoever has all of a transaction's body can decode it alone.
 type Payload struct {
 	Type     Type
-	Header   Header // Transaction and Commit; of Fragment only Xid is set
+	Header   Header // Transaction and Commit; of Fragment Xid, Checksum and BodyBytes
 	Attempt  uint64 // Fragment and Commit: which try at sending this transaction
 	Fragment uint32 // Fragment: its number, 1, 2, 3, …; Commit: how many there are
 	Body     []byte // Transaction and Fragment
@@ -79,6 +87,14 @@ const (
 // DDLPrefix is the prefix of the logical messages by which DDL travels inside
 // its transaction; the content is JSON, see catalog.DDL.
 const DDLPrefix = "quorate.ddl"
+
+// LocalPrefix begins the prefix of logical messages that are a region's own
+// bookkeeping: capture drops them.
+const LocalPrefix = "quorate.local"
+
+// LocalSchema is the schema whose tables are a region's own bookkeeping: capture
+// drops their changes.
+const LocalSchema = "quorate"
 
 // TracePrefix is the prefix of the logical message that carries the client's
 // W3C traceparent inside its transaction.
@@ -117,8 +133,9 @@ type Value struct {
 	Data []byte
 }
 
-// Change is one decoded change of a body. What it points to is valid until the
-// body's bytes are reused.
+// Change is one decoded change of a body. Its slices are the reader's and valid
+// until its next call; the data of values is valid until the body's bytes are
+// reused.
 type Change struct {
 	Op       Op
 	Relation *Relation   // Insert, Update, Delete
