@@ -106,6 +106,7 @@ type Member struct {
 // nothing above an undecided configuration entry: so each slot has exactly one
 // configuration, whoever proposes in it.
 type Membership struct {
+	Epoch   uint64 // how many configuration entries led here; set by ProposeMembership
 	Members []Member
 	Phase1  int       // voters needed in phase 1; 0 means a majority
 	Phase2  int       // voters needed in phase 2; 0 means a majority
@@ -213,7 +214,7 @@ const (
 	MsgAccept       MessageKind = 5  // phase 2a: Entries (consecutive or not) at Ballot
 	MsgAccepted     MessageKind = 6  // phase 2b: Slots accepted at Ballot
 	MsgReject       MessageKind = 7  // Ballot is promised, or a lease is honoured
-	MsgHeartbeat    MessageKind = 8  // lease request, Chosen; SentAt is echoed
+	MsgHeartbeat    MessageKind = 8  // lease request, Chosen; SentAt is echoed. SentAt 0: only Chosen, no lease, no ack. Transfer: Ballot's lease is released
 	MsgHeartbeatAck MessageKind = 9  // lease grant, the sender's Chosen and Applied
 	MsgFetch        MessageKind = 10 // send me chosen entries from Slot on
 	MsgLearn        MessageKind = 11 // chosen Entries from Slot on; Chosen of the sender
@@ -233,7 +234,8 @@ type Message struct {
 	Applied  Slot
 	SentAt   Instant // sender's clock, echoed, never compared with another clock
 	Granted  bool
-	Transfer bool // Prepare and PreVote of a handed-over leadership pass a lease
+	Transfer bool   // Prepare of a handed-over leadership passes the lease of Released
+	Released Ballot // Prepare with Transfer: the leadership that has given up its lease
 	Slots    []Slot
 	Accepted []AcceptedEntry
 	Entries  []SlotEntry
