@@ -1,0 +1,63 @@
+package slotlog
+
+import (
+	"errors"
+	"fmt"
+	"syscall"
+
+	"quorate/paxosgroup"
+)
+
+var (
+	// ErrClosed is what Append's callback gets after Close.
+	ErrClosed = errors.New("slot log is closed")
+	// ErrFull says that the disk had no room for the next segment. The log takes
+	// nothing more until it is opened again with room.
+	ErrFull = errors.New("no room on the disk of the slot log")
+	// ErrLocked says that another process has the directory.
+	ErrLocked = errors.New("directory is locked")
+	// ErrCompacted says that an entry is at or below the group's base.
+	ErrCompacted = errors.New("entry is at or below the base of the log")
+)
+
+// full marks an error that says the disk is full as ErrFull.
+func full(err error) error {
+	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+		return fmt.Errorf("%w (free some, then restart the sidecar): %w", ErrFull, err)
+	}
+	return err
+}
+
+// CorruptError says that what is on disk is not what was written, and cannot be
+// the trace of a write that a crash cut short. The replica must not go on from
+// there: it could deny what it promised or accepted.
+type CorruptError struct {
+	File   string
+	Offset int64
+	Group  paxosgroup.GroupID // 0 if not known
+	Slot   paxosgroup.Slot    // 0 if not known
+	What   string
+}
+
+func (e *CorruptError) Error() string {
+	where := fmt.Sprintf("%s at offset %d", e.File, e.Offset)
+	if e.Group != 0 {
+		where += fmt.Sprintf(", group %d", e.Group)
+	}
+	if e.Slot != 0 {
+		where += fmt.Sprintf(", slot %d", e.Slot)
+	}
+	return fmt.Sprintf("slot log is damaged: %s: %s "+
+		"(put the undamaged file back, or remove this replica's membership and let the region join under a new replica id; never delete the file)", where, e.What)
+}
+
+// VersionError says that a later version of quorate wrote the directory.
+type VersionError struct {
+	File    string
+	Version uint32
+}
+
+func (e *VersionError) Error() string {
+	return fmt.Sprintf("slot log %s has format version %d and this program knows up to %d (run the version of quorate that wrote it, or a later one)",
+		e.File, e.Version, formatVersion)
+}

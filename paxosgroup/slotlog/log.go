@@ -1,0 +1,336 @@
+package slotlog
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+
+	"quorate/paxosgroup"
+)
+
+// Config says where and how a log is kept.
+type Config struct {
+	Dir          string
+	SegmentBytes int64 // length of a segment; 0 means 64 MiB
+	// QueueBytesMax bounds what waits for the disk; Append blocks above it. 0 means 64 MiB.
+	QueueBytesMax int
+	Logger        *slog.Logger // nil discards
+}
+
+const (
+	segmentBytesDefault = 64 << 20
+	segmentBytesMin     = 4 << 10
+	segmentBytesMax     = 2 << 30
+	queueBytesDefault   = 64 << 20
+	// lazyBytesMax is how much of records that nobody waits for may gather
+	// before they are written on their own account.
+	lazyBytesMax = 1 << 20
+)
+
+func (c *Config) fill() error {
+	if c.Dir == "" {
+		return errors.New("slot log: no directory given")
+	}
+	if c.SegmentBytes == 0 {
+		c.SegmentBytes = segmentBytesDefault
+	}
+	if c.SegmentBytes < segmentBytesMin || c.SegmentBytes > segmentBytesMax {
+		return fmt.Errorf("slot log: segments of %d bytes (want %d to %d)", c.SegmentBytes, segmentBytesMin, segmentBytesMax)
+	}
+	if c.QueueBytesMax == 0 {
+		c.QueueBytesMax = queueBytesDefault
+	}
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	return nil
+}
+
+// Stats counts since Open.
+type Stats struct {
+	Flushes  uint64 // fdatasync calls that made records durable
+	Batches  uint64 // writes
+	Appends  uint64 // calls of Append
+	Records  uint64
+	Bytes    uint64 // written, framing included
+	Segments int    // files now
+	Queued   int    // bytes that wait for the disk now
+}
+
+// Log is an open log. Its methods may be called from any goroutine.
+type Log struct {
+	cfg  Config
+	lock *os.File
+
+	// files keeps segment files open while they are read. Taken before mu.
+	files sync.RWMutex
+
+	mu       sync.Mutex
+	room     sync.Cond // the queue has shrunk, or the log has failed
+	err      error     // why nothing is written any more
+	closed   bool
+	groups   map[paxosgroup.GroupID]*group
+	segments []*segment // consecutive; Append fills the last
+	offset   int64      // where the next batch of the last segment begins
+	number   uint64     // of the next batch
+	queue    []*batch   // sealed, oldest first, those being written included
+	building *batch     // nil, or open for more
+	queued   int        // bytes in queue and building
+	stats    Stats
+
+	work    chan struct{} // holds a token when the writer has something to do
+	stopped chan struct{} // closed when the writer has ended
+
+	prepared chan preparedSegment // holds the next segment's file, or why there is none; the writer's
+}
+
+type preparedSegment struct {
+	file *os.File
+	err  error
+}
+
+type group struct {
+	state state
+	index index
+}
+
+// Append adds records of a group, in order, and calls durable once they and all
+// earlier ones are flushed, or with the error that stopped the log. It blocks
+// while more than QueueBytesMax wait for the disk. Records are seen by readers
+// when Append returns. The payloads are copied.
+//
+// Callbacks run one at a time, in the order of Append, on the log's goroutine:
+// they must not block, nor call Append. Records of which none NeedsFlush cause no
+// flush; their callback runs when all before them are flushed.
+func (l *Log) Append(g paxosgroup.GroupID, recs []paxosgroup.Record, durable func(error)) {
+	size := 0
+	flush := false
+	var bad error
+	for _, r := range recs {
+		size += recordHeaderBytes + bodySizeMax(r)
+		flush = flush || r.NeedsFlush()
+		if err := checkRecord(r); err != nil && bad == nil {
+			bad = fmt.Errorf("append to slot log of group %d: %w", g, err)
+		}
+	}
+
+	l.mu.Lock()
+	for l.err == nil && !l.closed && l.queued > 0 && l.queued+size > l.cfg.QueueBytesMax {
+		l.room.Wait()
+	}
+	if l.closed {
+		l.mu.Unlock()
+		durable(ErrClosed)
+		return
+	}
+	if bad == nil {
+		bad = l.checkReach(g, recs)
+	}
+	if bad != nil && l.err == nil {
+		// What the core handed out cannot be kept, so nothing may rest on it.
+		l.fail(bad)
+	}
+	if l.err == nil {
+		for _, r := range recs {
+			l.put(g, r)
+		}
+		l.stats.Appends++
+	}
+	b := l.open()
+	b.callbacks = append(b.callbacks, durable)
+	b.flush = b.flush || flush
+	l.mu.Unlock()
+	l.wake()
+}
+
+func (l *Log) wake() {
+	select {
+	case l.work <- struct{}{}:
+	default:
+	}
+}
+
+// checkReach refuses slots that no window explains.
+func (l *Log) checkReach(g paxosgroup.GroupID, recs []paxosgroup.Record) error {
+	gr := l.groups[g]
+	if gr == nil {
+		gr = &group{}
+	}
+	known := max(gr.state.base.Slot, gr.state.chosen, gr.index.last)
+	for _, r := range recs {
+		switch r.Kind {
+		case paxosgroup.RecordBase:
+			known = max(known, r.Base.Slot)
+		case paxosgroup.RecordAccept, paxosgroup.RecordLearn, paxosgroup.RecordChosen:
+			if r.Slot > known+slotsAheadMax {
+				return fmt.Errorf("append to slot log of group %d: slot %d is too far above slot %d", g, r.Slot, known)
+			}
+			known = max(known, r.Slot)
+		}
+	}
+	return nil
+}
+
+// open returns the batch that takes the next record. Called with mu held.
+func (l *Log) open() *batch {
+	if l.building == nil {
+		l.building = &batch{seg: l.segments[len(l.segments)-1], offset: l.offset}
+	}
+	return l.building
+}
+
+// put encodes one record and brings the index up to date. Called with mu held.
+func (l *Log) put(g paxosgroup.GroupID, r paxosgroup.Record) {
+	gr := l.groups[g]
+	if gr == nil {
+		gr = &group{}
+		l.groups[g] = gr
+	}
+	switch r.Kind {
+	case paxosgroup.RecordPromise, paxosgroup.RecordAccept:
+		gr.state.promise(r.Ballot)
+	case paxosgroup.RecordChosen:
+		gr.state.chosen = max(gr.state.chosen, r.Slot)
+	case paxosgroup.RecordBase:
+		gr.state.promise(r.Ballot)
+		gr.state.restart(*r.Base)
+	}
+	size := bodySizeMax(r)
+	b := l.reserve(recordHeaderBytes + size)
+	at, frame := b.end(), len(b.buf)
+	b.buf = appendRecord(b.buf, b.seg.sequence, at, recordType(r.Kind), g, func(dst []byte) []byte {
+		return appendBody(dst, r, gr.state.promised)
+	})
+	b.records++
+	l.queued += len(b.buf) - frame
+	l.stats.Records++
+
+	switch r.Kind {
+	case paxosgroup.RecordAccept, paxosgroup.RecordLearn:
+		if r.Slot > gr.state.base.Slot {
+			old := gr.index.set(r.Slot, location{uint32(b.seg.sequence), uint32(at), uint32(len(b.buf) - frame)})
+			b.seg.entries++
+			l.release(b, old)
+		}
+	case paxosgroup.RecordBase:
+		gr.index.dropThrough(r.Base.Slot, func(old location) { l.release(b, old) })
+	}
+}
+
+// release takes an entry off its segment's count once b is flushed: until then
+// a crash may need it.
+func (l *Log) release(b *batch, old location) {
+	if old != (location{}) {
+		b.release(l.segment(old.sequence), 1)
+	}
+}
+
+func (l *Log) segment(sequence uint32) *segment {
+	return l.segments[uint64(sequence)-l.segments[0].sequence]
+}
+
+// reserve returns the open batch with room for size bytes in its segment,
+// having begun a new segment if the last has none. Called with mu held.
+func (l *Log) reserve(size int) *batch {
+	b := l.open()
+	if len(b.buf) == 0 {
+		b.buf = make([]byte, batchHeaderBytes, 4<<10)
+		l.queued += batchHeaderBytes
+	}
+	if b.end()+int64(size)+sealBytes <= b.seg.size {
+		return b
+	}
+	// The seal says that nothing follows, so that a file which lost its end shows.
+	frame := len(b.buf)
+	b.buf = appendRecord(b.buf, b.seg.sequence, b.end(), typeSeal, 0, nil)
+	b.records++
+	l.queued += len(b.buf) - frame
+	l.seal()
+
+	next := &segment{sequence: b.seg.sequence + 1}
+	stateBytes := 0
+	for _, gr := range l.groups {
+		stateBytes += recordHeaderBytes + 20 + baseSizeMax(gr.state.base)
+	}
+	next.size = max(l.cfg.SegmentBytes, int64(segmentHeaderBytes+batchHeaderBytes+stateBytes+size+sealBytes+batchAlign))
+	l.segments = append(l.segments, next)
+	l.offset = segmentHeaderBytes
+	b = l.open()
+	b.buf = make([]byte, batchHeaderBytes, batchHeaderBytes+stateBytes+size)
+	b.flush = true
+	for g, gr := range l.groups {
+		b.buf = appendRecord(b.buf, next.sequence, b.end(), typeState, g, func(dst []byte) []byte {
+			return appendState(dst, gr.state)
+		})
+		b.records++
+	}
+	l.queued += len(b.buf)
+	return b
+}
+
+// seal closes the open batch and queues it. Called with mu held.
+func (l *Log) seal() {
+	b := l.building
+	l.building = nil
+	if len(b.buf) > 0 {
+		before := len(b.buf)
+		b.seal(l.number)
+		l.queued += len(b.buf) - before
+		l.number++
+		l.offset = b.end()
+	}
+	l.queue = append(l.queue, b)
+}
+
+// fail stops the log for good. Called with mu held.
+func (l *Log) fail(err error) {
+	if l.err == nil {
+		l.err = err
+		l.cfg.Logger.Error("slot log stops: this replica answers nothing until it is restarted", "dir", l.cfg.Dir, "err", err)
+	}
+	l.room.Broadcast()
+}
+
+// Stats returns the counters.
+func (l *Log) Stats() Stats {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	s := l.stats
+	s.Segments = len(l.segments)
+	s.Queued = l.queued
+	return s
+}
+
+// Close flushes what was appended, calls the callbacks and releases the
+// directory. It returns the error that stopped the log, if one did.
+func (l *Log) Close() error {
+	l.mu.Lock()
+	if l.closed {
+		l.mu.Unlock()
+		<-l.stopped
+		return nil
+	}
+	l.closed = true
+	l.room.Broadcast()
+	l.mu.Unlock()
+	l.wake()
+	<-l.stopped
+
+	l.files.Lock()
+	defer l.files.Unlock()
+	errs := []error{l.err}
+	if p := <-l.prepared; p.file != nil {
+		errs = append(errs, p.file.Close(), os.Remove(filepath.Join(l.cfg.Dir, preparedName)))
+	}
+	for _, s := range l.segments {
+		if s.file != nil {
+			errs = append(errs, s.file.Close())
+			s.file = nil
+		}
+	}
+	errs = append(errs, l.lock.Close())
+	return errors.Join(errs...)
+}
