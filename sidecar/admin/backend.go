@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/jackc/pglogrepl"
+
 	"quorate/paxosgroup"
 )
 
