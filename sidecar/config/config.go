@@ -10,7 +10,7 @@ import (
 type Config struct {
 	// Cluster names the cluster. Sidecars refuse to talk to one of another cluster.
 	Cluster string `yaml:"cluster"`
-	// Region names this region; it must be listed in Regions.
+	// Region names this region; it must be one of those listed.
 	Region string `yaml:"region"`
 	// DataDir is the absolute path of the directory the sidecar keeps its state
 	// in. It belongs to one sidecar.
@@ -40,10 +40,10 @@ type Config struct {
 // Postgres says how to reach this region's server.
 type Postgres struct {
 	// DSN is a URL or keyword/value connection string to the one replicated
-	// database, as a role with SUPERUSER.
+	// database, as a superuser; it names one server.
 	DSN string `yaml:"dsn"`
-	// BinDir holds pg_dump and pg_restore of the server's major version. Empty:
-	// /usr/lib/postgresql/MAJOR/bin where that exists, else PATH. See Binary.
+	// BinDir holds the client programs (pg_dump) of the server's major version. Empty:
+	// /usr/lib/postgresql/MAJOR/bin where that exists, else PATH.
 	BinDir string `yaml:"bin_dir"`
 	// ApplicationName is what the sidecar's replication connection is called and
 	// what synchronous_standby_names will list.
@@ -73,7 +73,7 @@ type Region struct {
 	// Peer is the host:port of its sidecar's listen.peer, as reached from here.
 	Peer string `yaml:"peer"`
 	// NATSRoute is the host:port of its listen.nats_cluster, as reached from
-	// here; needed only with the embedded feed.
+	// here. It is needed only with the embedded feed.
 	NATSRoute string `yaml:"nats_route,omitempty"`
 }
 
@@ -98,7 +98,8 @@ type Consensus struct {
 
 // Log configures the durable log of the Paxos groups.
 type Log struct {
-	// Dir is an absolute path; empty in the file means DataDir/log.
+	// Dir is an absolute path; where it is not given, it is the directory log
+	// in data_dir. A disk of its own keeps its flushes quick.
 	Dir string `yaml:"dir"`
 	// SegmentBytes is the size at which a new file is begun.
 	SegmentBytes ByteSize `yaml:"segment_bytes"`
@@ -160,9 +161,9 @@ type TransactionLog struct {
 
 // Logging configures the sidecar's own log on stderr.
 type Logging struct {
-	// Level is debug, info, warn or error.
+	// Level is the least that is logged: debug, info, warn or error.
 	Level string `yaml:"level"`
-	// Format is json or text.
+	// Format is how a line is written: json or text.
 	Format string `yaml:"format"`
 }
 

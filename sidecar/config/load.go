@@ -56,8 +56,10 @@ func Parse(file string, text []byte) (Config, error) {
 	if len(document.Content) > 0 { // none: an empty file
 		d.value(document.Content[0], "", reflect.ValueOf(&c).Elem())
 	}
+	if len(d.faults) == 0 || len(d.lines) > 0 { // not if this is no configuration at all
+		d.validate(c)
+	}
 	c.fill()
-	d.validate(c)
 	if len(d.faults) > 0 {
 		slices.SortStableFunc(d.faults, func(a, b *Fault) int { return a.Line - b.Line })
 		errs := make([]error, len(d.faults))

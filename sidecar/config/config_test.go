@@ -1,0 +1,304 @@
+package config
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+
+	"go.yaml.in/yaml/v3"
+)
+
+// minimal is the least that a file must say; docs/configuration.md shows it too.
+const minimal = `cluster: demo
+region: r1
+data_dir: /var/lib/quorate
+postgres:
+  dsn: postgres://postgres@127.0.0.1:5432/app
+listen:
+  peer: 10.1.0.5:7460
+regions:
+  - {name: r1, peer: "10.1.0.5:7460"}
+  - {name: r2, peer: "10.2.0.5:7460"}
+  - {name: r3, peer: "10.3.0.5:7460"}
+`
+
+func TestMinimal(t *testing.T) {
+	got, err := Parse("region.yaml", []byte(minimal))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := Default()
+	want.Cluster, want.Region, want.DataDir = "demo", "r1", "/var/lib/quorate"
+	want.Postgres.DSN = "postgres://postgres@127.0.0.1:5432/app"
+	want.Listen.Peer = "10.1.0.5:7460"
+	want.Log.Dir = "/var/lib/quorate/log"
+	want.Regions = []Region{
+		{Name: "r1", Peer: "10.1.0.5:7460"},
+		{Name: "r2", Peer: "10.2.0.5:7460"},
+		{Name: "r3", Peer: "10.3.0.5:7460"},
+	}
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("got  %+v\nwant %+v", got, want)
+	}
+	if got.Own() != want.Regions[0] {
+		t.Errorf("own region is %+v", got.Own())
+	}
+	if w := got.Warnings(); len(w) != 0 {
+		t.Errorf("warned of %q", w)
+	}
+}
+
+// TestEverySetting writes every setting to something that is not its default
+// and expects to read it back.
+func TestEverySetting(t *testing.T) {
+	want := Config{
+		Cluster: "c", Region: "b", DataDir: "/d",
+		Postgres: Postgres{DSN: "host=/run/postgresql dbname=app", BinDir: "/opt/pg/bin", ApplicationName: "side", DefaultReadOnly: true},
+		Listen:   Listen{Peer: "[::1]:1", Admin: ":2", NATS: "127.0.0.1:3", NATSCluster: "127.0.0.1:4"},
+		Regions: []Region{
+			{Name: "a", Peer: "h1:1", NATSRoute: "h1:2"},
+			{Name: "b", Peer: "h2:1", NATSRoute: "h2:2"},
+		},
+		PreferredLeader: "a",
+		Consensus: Consensus{HeartbeatInterval: 50 * time.Millisecond, ElectionTimeoutMin: 700 * time.Millisecond, LeaseDuration: 900 * time.Millisecond,
+			ClockDriftPPMMax: 7, WindowSlotsMax: 99, WindowBytesMax: 5 << 20},
+		Log:            Log{Dir: "/l", SegmentBytes: 3 << 20},
+		Capture:        Capture{FragmentBytesMax: 100_000},
+		Replay:         Replay{BatchBytesMax: 2 << 20, LockTimeout: 250 * time.Millisecond, MaxReaderDelay: 3 * time.Second},
+		Snapshot:       Snapshot{Parallel: 9},
+		Tracing:        Tracing{OTLP: "http://127.0.0.1:4317", SampleRatio: 0.25},
+		Feed:           Feed{Enabled: true, ExternalURL: "nats://n:4222", MaxAge: time.Hour, MaxBytes: 2 << 30},
+		TransactionLog: TransactionLog{MaxAge: time.Hour, MaxBytes: 2 << 20},
+		Logging:        Logging{Level: "debug", Format: "text"},
+	}
+	for _, v := range leaves(reflect.ValueOf(want)) {
+		if v.IsZero() {
+			t.Fatalf("a setting of this test is zero: %+v", want)
+		}
+	}
+	text, err := yaml.Marshal(want)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := Parse("region.yaml", text)
+	if err != nil {
+		t.Fatalf("%v\n%s", err, text)
+	}
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("got  %+v\nwant %+v", got, want)
+	}
+	if len(got.Warnings()) != 1 {
+		t.Errorf("an even number of regions warns of %q", got.Warnings())
+	}
+}
+
+func leaves(v reflect.Value) []reflect.Value {
+	if v.Kind() != reflect.Struct {
+		return []reflect.Value{v}
+	}
+	var all []reflect.Value
+	for i := range v.NumField() {
+		all = append(all, leaves(v.Field(i))...)
+	}
+	return all
+}
+
+func TestFaults(t *testing.T) {
+	for _, tc := range []struct {
+		name string
+		text string
+		want []string // the error's lines
+	}{
+		{
+			name: "an empty file lacks everything that has no default",
+			text: "",
+			want: []string{
+				`f: cluster: missing; give a name of a-z, 0-9, _ and -`,
+				`f: region: missing; give a name of a-z, 0-9, _ and -`,
+				`f: data_dir: missing; give an absolute path`,
+				`f: postgres.dsn: missing; give a connection string to this region's database, such as postgres://postgres@127.0.0.1:5432/app`,
+				`f: regions: missing; list every region with name and peer, this one included`,
+			},
+		},
+		{
+			name: "a misspelt key, and one like none",
+			text: minimal + "consensus:\n  lease_durations: 2s\n  colour: red\n",
+			want: []string{
+				`f:13: consensus.lease_durations: unknown setting; did you mean lease_duration?`,
+				`f:14: consensus.colour: unknown setting; known here: clock_drift_ppm_max, election_timeout_min, heartbeat_interval, lease_duration, window_bytes_max, window_slots_max`,
+			},
+		},
+		{
+			name: "a key given twice",
+			text: minimal + "log: {}\nlog: {}\n",
+			want: []string{`f:13: log: given twice; first at line 12`},
+		},
+		{
+			name: "values of the wrong kind, each once",
+			text: minimal + "consensus:\n  heartbeat_interval: 5\n  window_slots_max: many\n  window_bytes_max: 64 Megs\nfeed:\n  enabled: yes please\n  max_age: [1]\ntracing:\n  sample_ratio: half\nlog: 7\n",
+			want: []string{
+				`f:13: consensus.heartbeat_interval: "5" is not a duration: write a number and a unit, such as 100ms, 2s or 24h`,
+				`f:14: consensus.window_slots_max: "many" is not a whole number`,
+				`f:15: consensus.window_bytes_max: "64 Megs" is not a size: write a whole number and a unit, such as 64MiB`,
+				`f:17: feed.enabled: "yes please" is neither true nor false`,
+				`f:18: feed.max_age: expected one value`,
+				`f:20: tracing.sample_ratio: "half" is not a number`,
+				`f:21: log: expected settings, one "key: value" a line`,
+			},
+		},
+		{
+			name: "timing that defeats itself",
+			text: minimal + "consensus:\n  heartbeat_interval: 1s\n  lease_duration: 1s\n",
+			want: []string{
+				`f:12: consensus.election_timeout_min: 1s is less than twice the heartbeat_interval of 1s: one lost heartbeat would start an election`,
+				`f:14: consensus.lease_duration: 1s is less than twice the heartbeat_interval of 1s: one lost heartbeat would end a lease`,
+			},
+		},
+		{
+			name: "regions that contradict each other",
+			text: `cluster: Demo
+region: r9
+data_dir: data
+preferred_leader: r8
+postgres: {dsn: "host=a,b dbname=app"}
+regions:
+  - name: r1
+    peer: h:1
+  - name: r1
+    peer: h:1
+  - name: r3
+    peer: h
+  - name: r4
+    peer: h:99999
+  - peer: :1
+`,
+			want: []string{
+				`f:1: cluster: "Demo" is no name: use a-z, 0-9, _ and -`,
+				`f:2: region: "r9" is not listed in regions`,
+				`f:3: data_dir: "data" is relative; give an absolute path`,
+				`f:4: preferred_leader: "r8" is not listed in regions`,
+				`f:5: postgres.dsn: names several servers; a sidecar belongs to one`,
+				`f:9: regions[1].name: "r1" is listed twice; first as regions[0]`,
+				`f:10: regions[1].peer: "h:1" is also the address of regions[0]; each sidecar has its own`,
+				`f:12: regions[2].peer: "h" is not host:port`,
+				`f:14: regions[3].peer: "h:99999": the port must be a number from 1 to 65535`,
+				`f:15: regions[4].name: missing; give a name of a-z, 0-9, _ and -`,
+				`f:15: regions[4].peer: ":1" names no host`,
+			},
+		},
+		{
+			name: "two services at one port, and no routes for the embedded feed",
+			text: strings.Replace(minimal, "listen:\n", "listen:\n  admin: 10.1.0.5:7460\n", 1) + "feed: {enabled: true}\n",
+			want: []string{
+				`f:7: listen.admin: "10.1.0.5:7460" is also listen.peer; each needs its own port`,
+				`f:10: regions[0].nats_route: missing; the embedded feed needs the route to every region`,
+				`f:11: regions[1].nats_route: missing; the embedded feed needs the route to every region`,
+				`f:12: regions[2].nats_route: missing; the embedded feed needs the route to every region`,
+			},
+		},
+		{
+			name: "an application name that would break synchronous_standby_names, and a DSN without a database's name",
+			text: strings.Replace(minimal, "/app\n", "/\n  application_name: a, b\n", 1),
+			want: []string{
+				`f:5: postgres.dsn: names no database; the replicated one must be named`,
+				`f:6: postgres.application_name: "a, b" cannot be listed in synchronous_standby_names: use 1 to 63 letters, digits, _ or -`,
+			},
+		},
+		{
+			name: "limits and choices",
+			text: minimal + `snapshot: {parallel: 0}
+log: {segment_bytes: 1B, dir: here}
+replay: {lock_timeout: 0s}
+tracing: {otlp: "collector:4317", sample_ratio: 1.5}
+feed: {external_url: "http://n"}
+logging: {level: loud, format: xml}
+`,
+			want: []string{
+				`f:12: snapshot.parallel: 0 is not between 1 and 64`,
+				`f:13: log.dir: "here" is relative; give an absolute path`,
+				`f:13: log.segment_bytes: 1B is not between 1MiB and 4GiB`,
+				`f:14: replay.lock_timeout: 0s is not between 1ms and 1m0s`,
+				`f:15: tracing.sample_ratio: 1.5 is not between 0 and 1`,
+				`f:15: tracing.otlp: "collector:4317" is not http://host:port or https://host:port`,
+				`f:16: feed.external_url: "http://n" is not nats://host:port or tls://host:port`,
+				`f:17: logging.level: "loud" is none of debug, info, warn, error`,
+				`f:17: logging.format: "xml" is none of json, text`,
+			},
+		},
+		{
+			name: "not YAML",
+			text: "cluster: demo\nregion: [r1\n",
+			want: []string{`f:1: not YAML: did not find expected ',' or ']'`},
+		},
+		{
+			name: "not settings at all",
+			text: "- a\n",
+			want: []string{`f:1: expected settings, one "key: value" a line`},
+		},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			_, err := Parse("f", []byte(tc.text))
+			if err == nil {
+				t.Fatal("no fault found")
+			}
+			got := strings.Split(err.Error(), "\n")
+			if !reflect.DeepEqual(got, tc.want) {
+				t.Errorf("got:\n%s\nwant:\n%s", strings.Join(got, "\n"), strings.Join(tc.want, "\n"))
+			}
+			if fault, ok := errors.AsType[*Fault](err); !ok || fault.File != "f" {
+				t.Errorf("no *Fault in %v", err)
+			}
+		})
+	}
+}
+
+func TestLoadNamesTheFile(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "region.yaml")
+	if _, err := Load(path); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("a missing file gave %v", err)
+	}
+	if err := os.WriteFile(path, []byte("clutser: demo\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	_, err := Load(path)
+	if want := path + ":1: clutser: unknown setting; did you mean cluster?"; err == nil || !strings.Contains(err.Error(), want) {
+		t.Errorf("got %v, want %s", err, want)
+	}
+}
+
+func TestByteSize(t *testing.T) {
+	for _, tc := range []struct {
+		text string
+		want ByteSize
+		back string
+	}{
+		{"0", 0, "0B"}, {"1", 1, "1B"}, {"1B", 1, "1B"}, {"64MiB", 64 << 20, "64MiB"}, {"64 MiB", 64 << 20, "64MiB"},
+		{"1kB", 1000, "1000B"}, {"1GB", 1e9, "1000000000B"}, {"1536KiB", 1536 << 10, "1536KiB"}, {"2048GiB", 2 << 40, "2TiB"},
+	} {
+		got, err := ParseByteSize(tc.text)
+		if err != nil || got != tc.want || got.String() != tc.back {
+			t.Errorf("%q: got %d (%s), %v; want %d (%s)", tc.text, got, got, err, tc.want, tc.back)
+		}
+		if again, err := ParseByteSize(got.String()); err != nil || again != got {
+			t.Errorf("%q does not read back: %d, %v", got, again, err)
+		}
+	}
+	for _, text := range []string{"", "MiB", "-1", "1.5GiB", "9999999TiB", "1 PiB"} {
+		if got, err := ParseByteSize(text); err == nil {
+			t.Errorf("%q was taken for %d", text, got)
+		}
+	}
+}
+
+func TestBinary(t *testing.T) {
+	if got := (Postgres{BinDir: "/opt/pg/bin"}).Binary("pg_dump", 15); got != "/opt/pg/bin/pg_dump" {
+		t.Errorf("with a directory: %s", got)
+	}
+	if got := (Postgres{}).Binary("pg_dump", 1); got != "pg_dump" {
+		t.Errorf("of a version that is not installed: %s", got)
+	}
+}
