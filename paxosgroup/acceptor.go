@@ -1,0 +1,107 @@
+package paxosgroup
+
+// raisePromise promises b, which ends any candidacy or leadership of this
+// replica at a lower ballot. (Lamport, "Paxos Made Simple", section 2.2.)
+func (r *Replica) raisePromise(b Ballot) {
+	invariant(!b.Less(r.promised), "promise would fall from %v to %v", r.promised, b)
+	if b == r.promised {
+		return
+	}
+	if r.stage != idle && b != r.ballot && (r.stage == asking || r.ballot.Less(b)) {
+		r.stepDown()
+	}
+	r.promised = b
+	if r.highest.Less(b) {
+		r.highest = b
+	}
+	r.persist(Record{Kind: RecordPromise, Ballot: b})
+}
+
+func (r *Replica) onPrepare(m Message) {
+	// An equal ballot is the same proposer, whose first Promise was lost or
+	// whose new configuration this replica joins: answer, it is on disk.
+	repeated := m.Ballot == r.promised
+	stranger := r.membership.index(m.From) < 0 && m.Chosen <= r.chosen
+	if m.Ballot.Less(r.promised) || !repeated && (r.now < r.restartUntil || r.honoursLease(m)) || stranger {
+		r.reject(m)
+		return
+	}
+	r.raisePromise(m.Ballot)
+	r.hush(m.From)
+	if r.leader != m.Ballot {
+		r.leader = Ballot{}
+	}
+	r.resetElection()
+	out := Message{Kind: MsgPromise, To: m.From, Ballot: m.Ballot, Chosen: r.chosen, Applied: r.applied, SentAt: m.SentAt}
+	for _, s := range r.slots() {
+		out.Accepted = append(out.Accepted, AcceptedEntry{Slot: s, Ballot: r.log[s].ballot, Entry: r.log[s].entry})
+	}
+	r.learnOf(m.Chosen, m.From)
+	r.sendAfterSync(out)
+}
+
+func (r *Replica) reject(m Message) {
+	r.send(Message{Kind: MsgReject, To: m.From, Ballot: r.promised, SentAt: m.SentAt, Chosen: r.chosen})
+}
+
+func (r *Replica) onAccept(m Message) {
+	if m.Ballot.Less(r.promised) {
+		r.reject(m)
+		return
+	}
+	r.follow(m)
+	acked := make([]Slot, 0, len(m.Entries))
+	for _, e := range m.Entries {
+		if r.accept(m.Ballot, e) {
+			acked = append(acked, e.Slot)
+		}
+	}
+	r.noteCommit(m.Ballot, m.Chosen)
+	if len(acked) > 0 {
+		r.acknowledge(m, acked)
+	}
+}
+
+// accept takes an entry into its slot, and reports whether this replica may say
+// that it has. A chosen slot holds the only value that any later ballot can
+// propose, so the answer is yes without a look.
+func (r *Replica) accept(b Ballot, e SlotEntry) bool {
+	if e.Slot <= r.chosen {
+		return true
+	}
+	if old := r.log[e.Slot]; old != nil && old.ballot == b {
+		invariant(sameValue(old.entry, e.Entry), "slot %d has two values at ballot %v", e.Slot, b)
+		return true
+	}
+	// A replica far behind would keep all the present in memory while it reads
+	// up the past; beyond this it only learns.
+	if e.Slot > r.chosen+Slot(2*r.cfg.WindowSlotsMax) || r.logBytes > 2*r.cfg.WindowBytesMax {
+		return false
+	}
+	invariant(!b.Less(r.promised), "slot %d accepted at %v below promise %v", e.Slot, b, r.promised)
+	r.put(e.Slot, &slotState{ballot: b, entry: e.Entry})
+	r.persist(Record{Kind: RecordAccept, Ballot: b, Slot: e.Slot, Entry: e.Entry})
+	return true
+}
+
+// acknowledge answers when it is durable; answers that wait for one flush go as
+// one.
+func (r *Replica) acknowledge(m Message, acked []Slot) {
+	for i := range r.pending.AfterSync {
+		o := &r.pending.AfterSync[i]
+		if o.Kind == MsgAccepted && o.To == m.From && o.Ballot == m.Ballot {
+			o.Slots = append(o.Slots, acked...)
+			o.Chosen = r.chosen
+			return
+		}
+	}
+	r.sendAfterSync(Message{Kind: MsgAccepted, To: m.From, Ballot: m.Ballot, Slots: acked, Chosen: r.chosen, Applied: r.applied})
+}
+
+// follow takes note of a leader at or above the promised ballot.
+func (r *Replica) follow(m Message) {
+	r.raisePromise(m.Ballot)
+	r.leader, r.leaderHeard = m.Ballot, r.now
+	r.hush(m.From)
+	r.resetElection()
+}

@@ -1,0 +1,408 @@
+package paxosgroup
+
+import (
+	"math/bits"
+	"slices"
+	"time"
+)
+
+// leadership is what phase 2 needs. It starts with phase 1 and ends with the
+// ballot.
+type leadership struct {
+	promised       []ReplicaID
+	promisedChosen Slot                   // highest chosen slot any of them knows
+	recovered      map[Slot]AcceptedEntry // of phase 1, by highest ballot, not proposed yet
+	recoveredMax   Slot
+	phase1         bool // done in the membership that governs slot next
+
+	next        Slot // to be proposed
+	number      uint64
+	opened      bool // the own opening is proposed
+	incarnation Incarnation
+	windowBytes int
+	configAt    Slot // of an undecided effective configuration entry; 0 if none
+	outbox      []Slot
+	since       Instant
+	heartbeatAt Instant // last one sent
+	noticeAt    Instant // when the chosen slot is to be made known; 0 if it is
+	noticedAt   Instant
+
+	membership       *Membership // wanted; proposed once its lease holds
+	membershipFloor  Instant // its lease must reach as far as what was reported before
+	membershipUntil  Instant
+	transfer         *transfer
+	bytesUpTo        uint64   // payload bytes proposed in this leadership
+	bytesUpToOf      []uint64 // the same as of slot, by slot modulo its length
+	bytesUpToOfStart Slot
+}
+
+// peer is what this replica knows of another member.
+type peer struct {
+	id              ReplicaID
+	index           int // in membership
+	chosen, applied Slot
+	lastHeard       Instant
+	rtt             time.Duration
+
+	// As a leader's follower, since this leadership began.
+	leaseSentAt  Instant // greatest of our sending times it answered with a grant
+	preparedAt   Instant
+	chosenSent   Slot
+	sent, acked  Slot // highest
+	retransmitAt Instant
+}
+
+const (
+	acceptBytesMax    = 1 << 20
+	acceptSlotsMax    = 256
+	retransmitSlots   = 64
+	noticeDelay       = 5 * time.Millisecond
+	retransmitMin     = 50 * time.Millisecond
+	retransmitUnknown = 300 * time.Millisecond
+)
+
+func (r *Replica) peer(id ReplicaID) *peer {
+	for _, p := range r.peers {
+		if p.id == id {
+			return p
+		}
+	}
+	return nil
+}
+
+// setMembership puts m in force from slot chosen+1 on.
+func (r *Replica) setMembership(m Membership) {
+	old := r.peers
+	r.membership, r.voters, r.self = m, m.voterMask(), m.index(r.cfg.ID)
+	r.peers = make([]*peer, 0, len(m.Members))
+	for i, x := range m.Members {
+		if x.ID == r.cfg.ID {
+			continue
+		}
+		p := &peer{id: x.ID}
+		if k := slices.IndexFunc(old, func(p *peer) bool { return p.id == x.ID }); k >= 0 {
+			p = old[k]
+		}
+		p.index = i
+		r.peers = append(r.peers, p)
+	}
+}
+
+// beginLeading starts phase 2: first what was inherited, then the opening.
+func (r *Replica) beginLeading() {
+	l := &r.lead
+	l.since, l.next = r.now, r.chosen+1
+	l.bytesUpToOf, l.bytesUpToOfStart = make([]uint64, 4*r.cfg.WindowSlotsMax), l.next
+	for _, a := range r.slots() { // the own promise
+		if st := r.log[a]; st.ballot.Less(r.ballot) {
+			r.recover(AcceptedEntry{Slot: a, Ballot: st.ballot, Entry: st.entry})
+		}
+	}
+	for _, p := range r.peers {
+		p.leaseSentAt, p.chosenSent, p.sent, p.acked, p.retransmitAt = 0, 0, r.chosen, r.chosen, 0
+	}
+	r.heartbeat()
+}
+
+// pump proposes what is to be proposed before anything that a caller hands in:
+// the inherited entries in their slots, no-ops in the gaps, then the opening.
+// It stops at a configuration entry until that is chosen and phase 1 is done in
+// the new configuration.
+func (r *Replica) pump() {
+	l := &r.lead
+	for r.stage == proposing && l.phase1 && l.configAt == 0 {
+		l.next = max(l.next, r.chosen+1)
+		switch {
+		case l.next <= l.recoveredMax:
+			e := Entry{Kind: KindNoOp, Term: r.ballot, Region: r.cfg.Region, Incarnation: r.incarnation}
+			if a, ok := l.recovered[l.next]; ok {
+				e = a.Entry
+				delete(l.recovered, l.next)
+			}
+			if _, takes := r.membership.Next(e); takes && l.opened {
+				// The lease in use was not counted under this membership, as
+				// it is for one that this leader proposes itself.
+				r.stepDown()
+				return
+			}
+			r.propose(e)
+		case !l.opened:
+			r.role, l.opened, l.incarnation = Leader, true, r.incarnation
+			r.candidacy.failures = 0
+			r.propose(Entry{Kind: KindOpening, Term: r.ballot, Region: r.cfg.Region, Incarnation: r.incarnation})
+		default:
+			return
+		}
+	}
+}
+
+// propose starts phase 2 for the next slot.
+func (r *Replica) propose(e Entry) {
+	l := &r.lead
+	s := l.next
+	invariant(s > r.chosen, "slot %d proposed, chosen up to %d", s, r.chosen)
+	invariant(r.promised == r.ballot, "proposing at %v with promise %v", r.ballot, r.promised)
+	l.next++
+	if _, takes := r.membership.Next(e); takes {
+		l.configAt = s
+	}
+	l.windowBytes += len(e.Payload)
+	l.bytesUpTo += uint64(len(e.Payload))
+	l.bytesUpToOf[s%Slot(len(l.bytesUpToOf))] = l.bytesUpTo
+	r.put(s, &slotState{ballot: r.ballot, entry: e, sentAt: r.now})
+	r.persist(Record{Kind: RecordAccept, Ballot: r.ballot, Slot: s, Entry: e})
+	r.countWhenFlushed(r.ballot, s)
+	l.outbox = append(l.outbox, s)
+}
+
+// Propose hands in the next data entry of this leader's term. ErrWindowFull
+// asks to come again when something has been chosen.
+func (r *Replica) Propose(now Instant, payload []byte) (term Ballot, number uint64, err error) {
+	r.clock(now)
+	if r.role != Leader {
+		return Ballot{}, 0, ErrNotLeader
+	}
+	l := &r.lead
+	if l.transfer != nil || l.configAt != 0 || !l.phase1 || l.next <= l.recoveredMax || l.next-r.chosen > Slot(r.cfg.WindowSlotsMax) ||
+		l.windowBytes > 0 && l.windowBytes+len(payload) > r.cfg.WindowBytesMax {
+		return Ballot{}, 0, ErrWindowFull
+	}
+	l.number++
+	r.propose(Entry{
+		Kind: KindData, Term: r.ballot, Number: l.number, Region: r.cfg.Region, Incarnation: l.incarnation, Payload: payload,
+	})
+	return r.ballot, l.number, nil
+}
+
+func (r *Replica) onAccepted(m Message) {
+	p := r.peer(m.From)
+	if p == nil {
+		return
+	}
+	p.chosen, p.applied = max(p.chosen, m.Chosen), max(p.applied, m.Applied)
+	if r.stage != proposing || m.Ballot != r.ballot {
+		return
+	}
+	for _, s := range m.Slots {
+		if s >= r.lead.next {
+			continue
+		}
+		r.noteAcked(p, s)
+		if st := r.log[s]; st != nil && st.ballot == r.ballot {
+			st.acks |= 1 << p.index
+		}
+	}
+	r.advance()
+}
+
+func (r *Replica) noteAcked(p *peer, s Slot) {
+	p.acked = max(p.acked, s)
+}
+
+// advance extends the chosen prefix by every slot that a phase-2 quorum has
+// accepted at this leader's ballot.
+func (r *Replica) advance() {
+	before := r.chosen
+	for r.stage == proposing {
+		st := r.log[r.chosen+1]
+		if st == nil || st.ballot != r.ballot {
+			break
+		}
+		_, phase2 := r.membership.Quorums()
+		if bits.OnesCount64(st.acks&r.voters) < phase2 {
+			break
+		}
+		r.choose(r.chosen+1, st.entry)
+	}
+	if r.chosen > before {
+		r.afterLearning()
+	}
+}
+
+// afterLearning does what a longer chosen prefix allows.
+func (r *Replica) afterLearning() {
+	l := &r.lead
+	if r.stage < preparing {
+		return
+	}
+	if l.configAt != 0 && r.chosen >= l.configAt {
+		l.configAt, l.membership = 0, nil
+		r.prepareNewcomers()
+	} else if r.stage == preparing {
+		r.prepareNewcomers()
+	}
+	if r.stage == proposing {
+		r.scheduleNotice()
+	}
+	if !r.membership.votes(r.cfg.ID) {
+		// Removed. The others are to know before this one falls silent.
+		r.lead.noticeAt = r.now
+		r.sendChosen()
+		r.stepDown()
+		return
+	}
+	r.checkPhase1()
+}
+
+// prepareNewcomers asks for the promises of members that have none to show.
+func (r *Replica) prepareNewcomers() {
+	for _, p := range r.peers {
+		if !slices.Contains(r.lead.promised, p.id) && (p.preparedAt < r.candidacy.startedAt || r.stage == proposing) {
+			r.sendPrepare(p)
+		}
+	}
+}
+
+// scheduleNotice says when followers are to hear of the chosen slot: at once if
+// nothing follows that could carry it, else soon.
+func (r *Replica) scheduleNotice() {
+	l := &r.lead
+	due := r.now
+	if r.chosen+1 < l.next {
+		due = max(due, l.noticedAt.Add(noticeDelay))
+	}
+	if l.noticeAt == 0 || due < l.noticeAt {
+		l.noticeAt = due
+	}
+}
+
+// sendChosen makes the chosen slot known to those who have not heard of it by
+// an Accept.
+func (r *Replica) sendChosen() {
+	l := &r.lead
+	if l.noticeAt == 0 || r.now < l.noticeAt {
+		return
+	}
+	l.noticeAt, l.noticedAt = 0, r.now
+	for _, p := range r.peers {
+		if p.chosenSent < r.chosen {
+			p.chosenSent = r.chosen
+			r.send(Message{Kind: MsgHeartbeat, To: p.id, Ballot: r.ballot, Chosen: r.chosen})
+		}
+	}
+}
+
+// sendAccepts sends the slots proposed since the last Ready, each peer's in
+// messages of bounded size that share their entries.
+func (r *Replica) sendAccepts() {
+	l := &r.lead
+	for len(l.outbox) > 0 {
+		var chunk []SlotEntry
+		size, n := 0, 0
+		for n < len(l.outbox) && n < acceptSlotsMax && size < acceptBytesMax {
+			if st := r.log[l.outbox[n]]; st != nil && st.ballot == r.ballot {
+				chunk = append(chunk, SlotEntry{Slot: l.outbox[n], Entry: st.entry})
+				size += len(st.entry.Payload)
+			}
+			n++
+		}
+		l.outbox = l.outbox[n:]
+		if len(chunk) == 0 {
+			continue
+		}
+		for _, p := range r.peers {
+			if r.roomFor(p) {
+				r.sendAccept(p, chunk)
+			}
+		}
+	}
+	l.outbox = nil
+}
+
+func (r *Replica) sendAccept(p *peer, chunk []SlotEntry) {
+	last := chunk[len(chunk)-1].Slot
+	p.sent = max(p.sent, last)
+	p.chosenSent = max(p.chosenSent, r.chosen)
+	r.send(Message{Kind: MsgAccept, To: p.id, Ballot: r.ballot, Chosen: r.chosen, Entries: chunk})
+}
+
+// roomFor reports whether a peer's own window is open. One that is slow or gone
+// stops being sent to, and catches up by fetching; it stalls nobody.
+func (r *Replica) roomFor(p *peer) bool {
+	if p.sent <= p.acked {
+		return true
+	}
+	if p.sent-p.acked > Slot(2*r.cfg.WindowSlotsMax) {
+		return false
+	}
+	return r.bytesUpTo(p.sent) <= r.bytesUpTo(p.acked)+uint64(2*r.cfg.WindowBytesMax)
+}
+
+// bytesUpTo returns how many payload bytes this leadership proposed up to s.
+func (r *Replica) bytesUpTo(s Slot) uint64 {
+	l := &r.lead
+	n := Slot(len(l.bytesUpToOf))
+	if s < l.bytesUpToOfStart || s+n < l.next {
+		return 0
+	}
+	return l.bytesUpToOf[s%n]
+}
+
+func (r *Replica) heartbeat() {
+	l := &r.lead
+	l.heartbeatAt = r.now
+	r.grant(r.ballot)
+	for _, p := range r.peers {
+		p.chosenSent = max(p.chosenSent, r.chosen)
+		r.send(Message{Kind: MsgHeartbeat, To: p.id, Ballot: r.ballot, Chosen: r.chosen, SentAt: r.now})
+	}
+}
+
+func (r *Replica) tickLeader() {
+	l := &r.lead
+	// Followers that hear a leader which does not hear them would honour its
+	// lease for ever.
+	if r.now > max(r.leaseUntil(r.membership), l.since).Add(r.cfg.LeaseDuration) {
+		r.stepDown()
+		return
+	}
+	if r.now >= l.heartbeatAt.Add(r.cfg.HeartbeatInterval) {
+		r.heartbeat()
+	}
+	for _, p := range r.peers {
+		r.retransmit(p)
+	}
+	if !l.phase1 {
+		for _, p := range r.peers {
+			if !slices.Contains(l.promised, p.id) && r.now >= p.preparedAt.Add(r.retransmitTimeout(p)) {
+				r.sendPrepare(p)
+			}
+		}
+	}
+	r.tryProposeMembership()
+	r.tickTransfer()
+}
+
+func (r *Replica) retransmitTimeout(p *peer) time.Duration {
+	if p.rtt == 0 {
+		return retransmitUnknown
+	}
+	return 2*p.rtt + retransmitMin
+}
+
+// retransmit sends again the oldest undecided slots that p has not acknowledged
+// in time, if p is there at all.
+func (r *Replica) retransmit(p *peer) {
+	l := &r.lead
+	timeout := r.retransmitTimeout(p)
+	if r.now < p.retransmitAt || p.lastHeard.Add(3*r.cfg.HeartbeatInterval+timeout) < r.now {
+		return
+	}
+	var chunk []SlotEntry
+	size := 0
+	for s := r.chosen + 1; s < l.next && len(chunk) < retransmitSlots && size < acceptBytesMax; s++ {
+		st := r.log[s]
+		if st == nil || st.ballot != r.ballot || st.acks&(1<<p.index) != 0 {
+			continue
+		}
+		if st.sentAt.Add(timeout) > r.now {
+			break // and so is everything after it
+		}
+		chunk = append(chunk, SlotEntry{Slot: s, Entry: st.entry})
+		size += len(st.entry.Payload)
+	}
+	if len(chunk) > 0 {
+		p.retransmitAt = r.now.Add(timeout)
+		r.sendAccept(p, chunk)
+	}
+}

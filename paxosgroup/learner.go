@@ -1,0 +1,176 @@
+package paxosgroup
+
+import "slices"
+
+// fetchState is the catching up on chosen entries that were missed.
+type fetchState struct {
+	known    Slot      // somebody has everything up to here as chosen
+	from     ReplicaID // who
+	until    Instant   // an answer is awaited until then; 0 if none is
+	asked    ReplicaID
+	tried    []ReplicaID // without success since the last one
+	snapshot bool        // one of tried no longer holds what is missing
+}
+
+const learnBytesMax = 1 << 20
+
+// choose extends the chosen prefix by one slot.
+func (r *Replica) choose(s Slot, e Entry) {
+	invariant(s == r.chosen+1, "slot %d chosen after %d", s, r.chosen)
+	if st := r.log[s]; st != nil {
+		if r.stage == proposing && st.ballot == r.ballot {
+			invariant(sameValue(st.entry, e), "slot %d proposed at %v with another value than was chosen", s, r.ballot)
+			r.lead.windowBytes -= len(st.entry.Payload)
+		}
+		r.drop(s)
+	}
+	r.chosen = s
+	v := r.judge.Judge(e)
+	if v == Void {
+		r.void++
+	}
+	r.pending.Delivered = append(r.pending.Delivered, Delivered{Slot: s, Entry: e, Verdict: v})
+	if m, ok := r.membership.Next(e); ok {
+		r.setMembership(m)
+	}
+}
+
+// noteCommit takes in that the leader of b has every slot up to s as chosen.
+func (r *Replica) noteCommit(b Ballot, s Slot) {
+	if b.Less(r.commitAt) {
+		return
+	}
+	if b != r.commitAt {
+		r.commitAt, r.commit = b, 0
+	}
+	r.commit = max(r.commit, s)
+	r.learnCommitted()
+	r.learnOf(s, b.Replica)
+}
+
+// learnCommitted extends the chosen prefix by what was accepted from the leader
+// that says it is chosen. What was accepted at another ballot may be another
+// value, and is fetched.
+func (r *Replica) learnCommitted() {
+	for r.chosen < r.commit {
+		st := r.log[r.chosen+1]
+		if st == nil || st.ballot != r.commitAt {
+			return
+		}
+		r.choose(r.chosen+1, st.entry)
+	}
+}
+
+// learnOf takes in that a peer has every slot up to s as chosen.
+func (r *Replica) learnOf(s Slot, from ReplicaID) {
+	if s > r.fetch.known {
+		r.fetch.known, r.fetch.from = s, from
+	}
+	r.tickFetch()
+}
+
+func (r *Replica) tickFetch() {
+	f := &r.fetch
+	if r.chosen >= f.known {
+		f.until = 0
+		return
+	}
+	if f.until != 0 {
+		if r.now < f.until {
+			return
+		}
+		f.tried = append(f.tried, f.asked)
+	}
+	to, ok := r.fetchPeer()
+	if !ok { // a whole round without success
+		if f.snapshot {
+			r.pending.Snapshot = true
+		}
+		f.tried, f.snapshot = f.tried[:0], false
+		to, _ = r.fetchPeer()
+	}
+	f.asked, f.until = to, r.now.Add(2*r.electionTimeout())
+	r.send(Message{Kind: MsgFetch, To: to, Slot: r.chosen + 1, Chosen: r.chosen})
+}
+
+// fetchPeer returns whom to ask: who is known to have it, then the leader, then
+// everyone else.
+func (r *Replica) fetchPeer() (ReplicaID, bool) {
+	fresh := func(id ReplicaID) bool {
+		return id != 0 && id != r.cfg.ID && !slices.Contains(r.fetch.tried, id)
+	}
+	if fresh(r.leader.Replica) {
+		return r.leader.Replica, true
+	}
+	if fresh(r.fetch.from) {
+		return r.fetch.from, true
+	}
+	for _, p := range r.peers {
+		if fresh(p.id) {
+			return p.id, true
+		}
+	}
+	return r.fetch.from, false
+}
+
+func (r *Replica) onFetch(m Message) {
+	if m.Slot == 0 || m.Slot > r.storedChosen {
+		return // what was chosen since the last Ready is not in Storage yet
+	}
+	var entries []SlotEntry
+	if m.Slot > r.base.Slot {
+		var err error
+		entries, err = r.store.Chosen(m.Slot, r.storedChosen, learnBytesMax)
+		if err != nil { // cut from the log, or unreadable: either way not to be had here
+			entries = nil
+		}
+	}
+	if len(entries) == 0 {
+		r.send(Message{Kind: MsgNeedSnapshot, To: m.From, Slot: r.base.Slot, Chosen: r.chosen})
+		return
+	}
+	r.send(Message{Kind: MsgLearn, To: m.From, Slot: m.Slot, Entries: entries, Chosen: r.chosen})
+}
+
+func (r *Replica) onLearn(m Message) {
+	before := r.chosen
+	for _, e := range m.Entries {
+		if e.Slot != r.chosen+1 {
+			continue
+		}
+		if r.deposedBy(e) {
+			r.stepDown()
+		}
+		r.persist(Record{Kind: RecordLearn, Slot: e.Slot, Entry: e.Entry})
+		r.choose(e.Slot, e.Entry)
+	}
+	if r.chosen > before {
+		r.fetch.until, r.fetch.tried, r.fetch.snapshot = 0, r.fetch.tried[:0], false
+		r.learnCommitted()
+		r.afterLearning()
+	}
+	r.learnOf(m.Chosen, m.From)
+}
+
+// deposedBy reports whether a chosen entry proves that a later leader was
+// active. Going on, this one would announce slots as chosen in which followers
+// hold its own, different entries.
+func (r *Replica) deposedBy(e SlotEntry) bool {
+	if r.stage != proposing {
+		return false
+	}
+	if st := r.log[e.Slot]; st != nil && st.ballot == r.ballot {
+		return !sameValue(st.entry, e.Entry)
+	}
+	return r.lead.opened
+}
+
+func (r *Replica) onNeedSnapshot(m Message) {
+	f := &r.fetch
+	if f.until == 0 || m.From != f.asked {
+		return
+	}
+	f.snapshot = true
+	f.until = r.now
+	r.tickFetch()
+}

@@ -1,0 +1,144 @@
+package paxosgroup
+
+import "slices"
+
+// honoursLease reports whether a lease stands in the way of a Prepare or
+// PreVote. A lease does not bind its own holder, who has stopped using it when
+// it campaigns, nor a successor that proves the holder gave it up: the proof
+// names the leadership, since one of its sender's older hand-overs may be still
+// on its way when a new lease is in force.
+//
+// Gray and Cheriton, "Leases" (SOSP 1989): the grantor counts from receipt on
+// its own clock, the holder from sending on its own, less the drift of both.
+func (r *Replica) honoursLease(m Message) bool {
+	if r.now >= r.grantedUntil || r.grantedTo.Replica == m.From {
+		return false
+	}
+	return !(m.Transfer && m.Released == r.grantedTo)
+}
+
+// leaseHonouredUntil is when this replica may itself campaign.
+func (r *Replica) leaseHonouredUntil() Instant {
+	if r.grantedTo.Replica == r.cfg.ID {
+		return r.restartUntil
+	}
+	return max(r.grantedUntil, r.restartUntil)
+}
+
+func (r *Replica) grant(b Ballot) {
+	r.grantedTo = b
+	r.grantedUntil = max(r.grantedUntil, r.now.Add(r.cfg.LeaseDuration))
+}
+
+func (r *Replica) onHeartbeat(m Message) {
+	if m.Transfer {
+		r.onRelease(m)
+		return
+	}
+	if m.Ballot.Less(r.promised) {
+		r.reject(m)
+		return
+	}
+	r.follow(m)
+	if m.SentAt != 0 {
+		r.grant(m.Ballot)
+		r.resetElection()
+	}
+	r.noteCommit(m.Ballot, m.Chosen)
+	if m.SentAt != 0 {
+		// After a flush, for a restart must not find a promise below a leader
+		// that counts on this grant.
+		r.sendAfterSync(Message{
+			Kind: MsgHeartbeatAck, To: m.From, Ballot: m.Ballot, Chosen: r.chosen, Applied: r.applied,
+			SentAt: m.SentAt, Granted: true,
+		})
+	}
+}
+
+// onRelease forgets the lease of a leadership that is over.
+func (r *Replica) onRelease(m Message) {
+	if r.grantedTo == m.Ballot && r.now < r.grantedUntil {
+		r.grantedUntil = r.now
+		if r.leader == m.Ballot || r.leader.IsZero() {
+			r.leader, r.quietUntil = Ballot{}, 0
+			t := r.electionTimeout()
+			r.electionAt = r.now.Add(r.random(t))
+			r.deferToPreferred(t)
+		}
+	}
+	if !m.Ballot.Less(r.promised) {
+		r.noteCommit(m.Ballot, m.Chosen)
+	}
+}
+
+func (r *Replica) onHeartbeatAck(m Message) {
+	r.measure(m)
+	p := r.peer(m.From)
+	if p == nil {
+		return
+	}
+	p.chosen, p.applied = max(p.chosen, m.Chosen), m.Applied
+	if r.stage != proposing || m.Ballot != r.ballot || !m.Granted {
+		return
+	}
+	p.leaseSentAt = max(p.leaseSentAt, m.SentAt)
+	r.noteAcked(p, min(m.Chosen, r.lead.next-1))
+	r.tryProposeMembership()
+}
+
+// leaseUntil is until when this leader may rely on its lease under m: the
+// grants of a phase-2 quorum, because that meets every phase-1 quorum. Zero
+// if there is none.
+func (r *Replica) leaseUntil(m Membership) Instant {
+	var sent [membersMax]Instant
+	n := 0
+	for _, x := range m.Members {
+		if !x.Kind.votes() {
+			continue
+		}
+		if x.ID == r.cfg.ID {
+			sent[n] = r.lead.heartbeatAt
+		} else if p := r.peer(x.ID); p != nil {
+			sent[n] = p.leaseSentAt
+		}
+		n++
+	}
+	slices.Sort(sent[:n])
+	_, phase2 := m.Quorums()
+	if n < phase2 || sent[n-phase2] == 0 {
+		return 0
+	}
+	return sent[n-phase2].Add(r.cfg.leaderLease())
+}
+
+// reportedLease is what Status shows: nothing before the leader has opened its
+// term or once it is about to hand over, and while a change of membership is
+// being made only what holds before and after it.
+func (r *Replica) reportedLease() Instant {
+	if !r.lead.opened || r.lead.transfer != nil {
+		return 0
+	}
+	until := r.leaseUntil(r.membership)
+	if m := r.lead.membership; m != nil {
+		until = min(until, r.leaseUntil(*m))
+	}
+	if until <= r.now {
+		return 0
+	}
+	return until
+}
+
+// tickRelease tells the others that the lease of an ended leadership is free.
+func (r *Replica) tickRelease() {
+	if r.released.IsZero() || r.now < r.releaseAt {
+		return
+	}
+	b := r.released
+	r.released = Ballot{}
+	if r.grantedTo == b {
+		r.grantedUntil = min(r.grantedUntil, r.now)
+	}
+	for _, p := range r.peers {
+		r.send(Message{Kind: MsgHeartbeat, To: p.id, Ballot: b, Chosen: r.releasedAsOf, Transfer: true})
+	}
+}

@@ -1,0 +1,424 @@
+package paxosgroup
+
+import (
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+)
+
+// Errors that callers compare.
+var (
+	ErrNotLeader  = errors.New("not the leader")
+	ErrWindowFull = errors.New("no room for proposals now")
+	ErrMessage    = errors.New("bad message")
+)
+
+// stage is how far a candidacy or leadership has come.
+type stage uint8
+
+const (
+	idle      stage = iota
+	asking          // pre-vote
+	preparing       // phase 1, and fetching the chosen prefix
+	proposing       // phase 1 was done: phase 2 of inherited, then own entries
+)
+
+// slotState is a slot above the chosen prefix: what was accepted there, and for
+// the proposer at that ballot, who is known to have accepted it.
+type slotState struct {
+	ballot  Ballot
+	entry   Entry
+	acks    uint64 // by index in the membership that governs the slot
+	decided bool
+	sentAt  Instant
+}
+
+// ownRecord is a promise (slot 0) or acceptance by this very replica that
+// counts once the Ready with number seq is flushed.
+type ownRecord struct {
+	seq    uint64
+	ballot Ballot
+	slot   Slot
+}
+
+// Replica is proposer, acceptor and learner of one group. It is a pure state
+// machine and not safe for concurrent use.
+type Replica struct {
+	cfg   Config
+	store Storage
+	rng   *rand.Rand
+	now   Instant
+
+	// Acceptor.
+	promised    Ballot
+	log         map[Slot]*slotState // above chosen
+	logBytes    int
+	maxAccepted Slot
+
+	// Learner.
+	base       Base
+	chosen     Slot
+	judge      Judge
+	membership Membership // governs slot chosen+1
+	voters     uint64
+	self       int // index in membership, or -1
+	void       uint64
+	commit     Slot // the leader of commitAt has everything up to here as chosen
+	commitAt   Ballot
+	fetch      fetchState
+
+	// Lease as a grantor.
+	grantedTo    Ballot
+	grantedUntil Instant
+	restartUntil Instant // until when an earlier life may have granted one
+
+	// Elections.
+	role         Role
+	stage        stage
+	ballot       Ballot // candidate, leader: own
+	highest      Ballot // seen anywhere
+	leader       Ballot // of the leader heard of; zero if none
+	leaderHeard  Instant
+	quietUntil   Instant // refuse pre-votes but of quietFor
+	quietFor     ReplicaID
+	electionAt   Instant
+	electable    bool
+	incarnation  Incarnation
+	applied      Slot
+	released     Ballot // stepped down from, to be announced at releaseAt
+	releaseAt    Instant
+	releasedAsOf Slot
+	candidacy    candidacy
+	lead         leadership
+	peers        []*peer // members but this one, by id
+
+	// What is owed to the caller.
+	seq            uint64
+	pending        Ready
+	own            []ownRecord
+	storedChosen   Slot // chosen as of the last Ready: what Storage can read back
+	recordedChosen Slot
+}
+
+// New returns the replica that st was written by, or one without a past. Its
+// clock starts at now.
+func New(cfg Config, st Restored, store Storage, now Instant) (*Replica, error) {
+	cfg.fillDefaults()
+	if err := cfg.validate(); err != nil {
+		return nil, fmt.Errorf("configure replica of group %d: %w", cfg.Group, err)
+	}
+	if st.Chosen < st.Base.Slot {
+		st.Chosen = st.Base.Slot
+	}
+	r := &Replica{
+		cfg: cfg, store: store, now: now,
+		rng:      rand.New(rand.NewPCG(cfg.Seed, uint64(cfg.Group)<<32|uint64(cfg.ID))),
+		promised: st.Promised,
+		log:      make(map[Slot]*slotState),
+		base:     st.Base, chosen: st.Base.Slot, judge: st.Base.Judge,
+		role: Follower, electable: true,
+	}
+	if err := r.adopt(st.Base.Membership); err != nil {
+		return nil, fmt.Errorf("restore base at slot %d: %w", st.Base.Slot, err)
+	}
+	if err := r.refold(st.Chosen); err != nil {
+		return nil, err
+	}
+	r.storedChosen, r.recordedChosen = r.chosen, r.chosen
+	for _, a := range st.Accepted {
+		if a.Slot <= r.chosen {
+			continue
+		}
+		r.put(a.Slot, &slotState{ballot: a.Ballot, entry: a.Entry})
+		if r.promised.Less(a.Ballot) {
+			r.promised = a.Ballot
+		}
+	}
+	r.highest = r.promised
+	if cfg.RestartedWithState || !st.Promised.IsZero() || st.Chosen > 0 || len(st.Accepted) > 0 {
+		r.restartUntil = now.Add(cfg.LeaseDuration)
+	}
+	r.resetElection()
+	return r, nil
+}
+
+// adopt takes m for the initial membership. An empty one is that of a replica
+// which has yet to be seeded: it learns, but never campaigns.
+func (r *Replica) adopt(m Membership) error {
+	m = m.normalized()
+	if len(m.Members) > 0 {
+		if err := m.Validate(); err != nil {
+			return err
+		}
+	}
+	r.setMembership(m)
+	return nil
+}
+
+// refold brings judge and membership up to the chosen slot of a restart.
+func (r *Replica) refold(to Slot) error {
+	const chunkBytes = 4 << 20
+	for r.chosen < to {
+		entries, err := r.store.Chosen(r.chosen+1, to, chunkBytes)
+		if err != nil {
+			return fmt.Errorf("read back chosen slots from %d: %w", r.chosen+1, err)
+		}
+		if len(entries) == 0 {
+			return fmt.Errorf("read back chosen slots from %d to %d: none stored", r.chosen+1, to)
+		}
+		for _, e := range entries {
+			if e.Slot != r.chosen+1 {
+				return fmt.Errorf("read back chosen slots: slot %d follows %d", e.Slot, r.chosen)
+			}
+			r.chosen = e.Slot
+			r.judge.Judge(e.Entry)
+			if m, ok := r.membership.Next(e.Entry); ok {
+				r.setMembership(m)
+			}
+		}
+	}
+	return nil
+}
+
+// Step takes in a message. An error means bad input, which changed nothing.
+func (r *Replica) Step(now Instant, m Message) error {
+	r.clock(now)
+	if err := r.check(m); err != nil {
+		return err
+	}
+	if p := r.peer(m.From); p != nil {
+		p.lastHeard = r.now
+	}
+	if r.highest.Less(m.Ballot) {
+		r.highest = m.Ballot
+	}
+	switch m.Kind {
+	case MsgPreVote:
+		r.onPreVote(m)
+	case MsgPreVoteReply:
+		r.onPreVoteReply(m)
+	case MsgPrepare:
+		r.onPrepare(m)
+	case MsgPromise:
+		r.onPromise(m)
+	case MsgAccept:
+		r.onAccept(m)
+	case MsgAccepted:
+		r.onAccepted(m)
+	case MsgReject:
+		r.onReject(m)
+	case MsgHeartbeat:
+		r.onHeartbeat(m)
+	case MsgHeartbeatAck:
+		r.onHeartbeatAck(m)
+	case MsgFetch:
+		r.onFetch(m)
+	case MsgLearn:
+		r.onLearn(m)
+	case MsgTimeoutNow:
+		r.onTimeoutNow(m)
+	case MsgNeedSnapshot:
+		r.onNeedSnapshot(m)
+	}
+	return nil
+}
+
+// check refuses what no replica sends.
+func (r *Replica) check(m Message) error {
+	bad := func(format string, args ...any) error {
+		return fmt.Errorf("%w: kind %d from replica %d: "+format, append([]any{ErrMessage, m.Kind, m.From}, args...)...)
+	}
+	if m.From == 0 || m.From == r.cfg.ID || m.To != r.cfg.ID {
+		return bad("addressed to replica %d, this is %d", m.To, r.cfg.ID)
+	}
+	switch m.Kind {
+	case MsgPreVote, MsgPrepare, MsgAccept, MsgHeartbeat, MsgTimeoutNow:
+		if m.Ballot.Counter == 0 || m.Ballot.Replica != m.From {
+			return bad("ballot %v is not the sender's", m.Ballot)
+		}
+	case MsgPreVoteReply, MsgPromise, MsgAccepted, MsgReject, MsgHeartbeatAck, MsgFetch, MsgLearn, MsgNeedSnapshot:
+	default:
+		return bad("unknown")
+	}
+	var last Slot
+	for _, e := range m.Entries {
+		if e.Slot <= last || !e.Entry.Kind.valid() {
+			return bad("slot %d after %d, entry %v", e.Slot, last, e.Entry.Kind)
+		}
+		last = e.Slot
+	}
+	last = 0
+	for _, a := range m.Accepted {
+		if a.Slot <= last || !a.Entry.Kind.valid() || a.Ballot.IsZero() {
+			return bad("accepted slot %d after %d at ballot %v, entry %v", a.Slot, last, a.Ballot, a.Entry.Kind)
+		}
+		last = a.Slot
+	}
+	return nil
+}
+
+func (k EntryKind) valid() bool { return k >= KindNoOp && k <= KindConfig }
+
+// Tick lets time pass.
+func (r *Replica) Tick(now Instant) {
+	r.clock(now)
+	r.tickRelease()
+	switch r.stage {
+	case proposing:
+		r.tickLeader()
+	case asking, preparing:
+		r.tickCandidate()
+	default:
+		if r.now >= r.electionAt {
+			r.onElectionTimeout()
+		}
+	}
+	r.tickFetch()
+}
+
+// clock never lets time step back.
+func (r *Replica) clock(now Instant) { r.now = max(r.now, now) }
+
+// Ready returns what has become due since the last call, or false if nothing.
+// Its parts are the caller's to keep; payload bytes are shared and never
+// changed.
+func (r *Replica) Ready() (Ready, bool) {
+	if r.stage == proposing {
+		r.sendAccepts()
+		r.sendChosen()
+	}
+	if r.chosen > r.recordedChosen {
+		r.recordedChosen = r.chosen
+		r.pending.Persist = append(r.pending.Persist, Record{Kind: RecordChosen, Slot: r.chosen})
+	}
+	p := &r.pending
+	if len(p.Send) == 0 && len(p.Persist) == 0 && len(p.AfterSync) == 0 && len(p.Delivered) == 0 && !p.Snapshot {
+		return Ready{}, false
+	}
+	r.seq++
+	rd := *p
+	rd.Seq = r.seq
+	r.pending = Ready{}
+	r.storedChosen = r.chosen
+	return rd, true
+}
+
+// Persisted says that all Readies up to seq are flushed. Only now do this
+// replica's own promise and acceptances count.
+func (r *Replica) Persisted(now Instant, seq uint64) {
+	r.clock(now)
+	invariant(seq <= r.seq, "Ready %d persisted, %d were handed out", seq, r.seq)
+	n := 0
+	for ; n < len(r.own) && r.own[n].seq <= seq; n++ {
+		o := r.own[n]
+		if o.ballot != r.ballot || r.stage < preparing {
+			continue
+		}
+		if o.slot == 0 {
+			r.recordPromise(r.cfg.ID, r.chosen)
+			continue
+		}
+		if st := r.log[o.slot]; st != nil && st.ballot == o.ballot && r.self >= 0 {
+			st.acks |= 1 << r.self
+		}
+	}
+	if n == 0 {
+		return
+	}
+	r.own = slices.Delete(r.own, 0, n)
+	switch r.stage {
+	case preparing:
+		r.checkPhase1()
+	case proposing:
+		r.advance()
+	}
+}
+
+// persist owes the caller a record; ownSlot says what of it counts for this
+// replica as a proposer.
+func (r *Replica) persist(rec Record) {
+	r.pending.Persist = append(r.pending.Persist, rec)
+}
+
+func (r *Replica) countWhenFlushed(b Ballot, s Slot) {
+	r.own = append(r.own, ownRecord{seq: r.seq + 1, ballot: b, slot: s})
+}
+
+func (r *Replica) send(m Message) {
+	m.From = r.cfg.ID
+	r.pending.Send = append(r.pending.Send, m)
+}
+
+func (r *Replica) sendAfterSync(m Message) {
+	m.From = r.cfg.ID
+	r.pending.AfterSync = append(r.pending.AfterSync, m)
+}
+
+// SetElectable says whether this replica's database could lead. One that could
+// not never campaigns; it does not give up a leadership it has.
+func (r *Replica) SetElectable(ok bool) { r.electable = ok }
+
+// SetIncarnation sets what goes into openings from now on.
+func (r *Replica) SetIncarnation(i Incarnation) { r.incarnation = i }
+
+// SetApplied sets what pre-votes and heartbeat acknowledgements carry.
+func (r *Replica) SetApplied(s Slot) { r.applied = s }
+
+// Restart puts the image b in place of everything at or below its slot, after
+// which the log starts there. A replica that has already learned that far keeps
+// its log, which serves the image as well, and nothing changes.
+func (r *Replica) Restart(now Instant, b Base) {
+	r.clock(now)
+	if b.Slot <= r.chosen {
+		return
+	}
+	if r.stage != idle {
+		r.stepDown()
+	}
+	b.Membership = b.Membership.normalized()
+	for s := range r.log {
+		if s <= b.Slot {
+			r.drop(s)
+		}
+	}
+	r.base, r.chosen, r.judge = b, b.Slot, b.Judge
+	r.setMembership(b.Membership)
+	r.recordedChosen = r.chosen
+	r.fetch = fetchState{known: r.fetch.known, from: r.fetch.from}
+	r.persist(Record{Kind: RecordBase, Slot: b.Slot, Base: &b})
+	// The promise and what is accepted above the image outlive the old log.
+	if !r.promised.IsZero() {
+		r.persist(Record{Kind: RecordPromise, Ballot: r.promised})
+	}
+	for _, s := range r.slots() {
+		r.persist(Record{Kind: RecordAccept, Ballot: r.log[s].ballot, Slot: s, Entry: r.log[s].entry})
+	}
+	r.learnCommitted()
+}
+
+// slots returns the slots above the chosen prefix that hold an entry, ascending.
+func (r *Replica) slots() []Slot {
+	out := make([]Slot, 0, len(r.log))
+	for s := range r.log {
+		out = append(out, s)
+	}
+	slices.Sort(out)
+	return out
+}
+
+func (r *Replica) put(s Slot, st *slotState) {
+	if old := r.log[s]; old != nil {
+		r.logBytes -= len(old.entry.Payload)
+	}
+	r.log[s] = st
+	r.logBytes += len(st.entry.Payload)
+	r.maxAccepted = max(r.maxAccepted, s)
+}
+
+func (r *Replica) drop(s Slot) {
+	if old := r.log[s]; old != nil {
+		r.logBytes -= len(old.entry.Payload)
+		delete(r.log, s)
+	}
+}

@@ -1,0 +1,49 @@
+package paxosgroup
+
+// Status returns a snapshot of the replica. LeaseUntil is on the clock that
+// Step and Tick are given; whoever relies on it must not use a Status older
+// than Config.TickInterval.
+func (r *Replica) Status() Status {
+	s := Status{
+		ID: r.cfg.ID, Role: r.role, Leader: r.leader.Replica, Ballot: r.highest, Promised: r.promised,
+		Base: r.base.Slot, Chosen: r.chosen, Judge: r.judge, Membership: r.membership.normalized(), Void: r.void,
+	}
+	if r.role != Leader {
+		return s
+	}
+	s.Leader, s.Ballot, s.LastSlot = r.cfg.ID, r.ballot, r.lead.next-1
+	s.LeaseUntil = r.reportedLease()
+	for _, p := range r.peers {
+		x := PeerStatus{ID: p.id, Chosen: p.chosen, Applied: p.applied, LastHeard: p.lastHeard, RoundTrip: p.rtt}
+		if p.sent > p.acked {
+			x.InFlight = int(p.sent - p.acked)
+		}
+		s.Peers = append(s.Peers, x)
+	}
+	return s
+}
+
+// NextDeadline returns when Tick has something to do. Ticking at
+// Config.TickInterval is always enough; a replica at rest needs it less often.
+func (r *Replica) NextDeadline() Instant {
+	next := r.electionAt
+	switch r.stage {
+	case asking, preparing:
+		next = r.candidacy.until
+	case proposing:
+		next = r.lead.heartbeatAt.Add(r.cfg.HeartbeatInterval)
+		if r.lead.noticeAt != 0 {
+			next = min(next, r.lead.noticeAt)
+		}
+		if r.lead.next > r.chosen+1 || r.lead.transfer != nil || r.lead.membership != nil || !r.lead.phase1 {
+			next = min(next, r.now.Add(r.cfg.TickInterval))
+		}
+	}
+	if !r.released.IsZero() {
+		next = min(next, r.releaseAt)
+	}
+	if r.fetch.until != 0 {
+		next = min(next, r.fetch.until)
+	}
+	return next
+}
