@@ -66,5 +66,5 @@
 //	entry       kind (1), term (ballot), number (8), incarnation (8), region (string), payload (the rest)
 //	base        slot (8), judge, membership
 //	judge       term (ballot), region (string), incarnation (8), next (8)
-//	membership  phase 1 (2), phase 2 (2), next id (4), members (2), each: id (4), kind (1), region (string)
+//	membership  epoch (8), phase 1 (2), phase 2 (2), next id (4), members (2), each: id (4), kind (1), region (string)
 package slotlog

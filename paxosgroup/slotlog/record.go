@@ -88,7 +88,7 @@ func bodySizeMax(r paxosgroup.Record) int {
 }
 
 func baseSizeMax(b paxosgroup.Base) int {
-	n := 64 + len(b.Judge.Region)
+	n := 72 + len(b.Judge.Region)
 	for _, m := range b.Membership.Members {
 		n += 7 + len(m.Region)
 	}
@@ -144,6 +144,7 @@ func appendBase(dst []byte, b paxosgroup.Base) []byte {
 	dst = binary.LittleEndian.AppendUint64(dst, uint64(b.Judge.Incarnation))
 	dst = binary.LittleEndian.AppendUint64(dst, b.Judge.Next)
 	m := b.Membership
+	dst = binary.LittleEndian.AppendUint64(dst, m.Epoch)
 	dst = binary.LittleEndian.AppendUint16(dst, uint16(m.Phase1))
 	dst = binary.LittleEndian.AppendUint16(dst, uint16(m.Phase2))
 	dst = binary.LittleEndian.AppendUint32(dst, uint32(m.NextID))
@@ -293,6 +294,7 @@ func (d *decoder) base() paxosgroup.Base {
 	b.Judge.Region = d.string()
 	b.Judge.Incarnation = paxosgroup.Incarnation(d.uint64())
 	b.Judge.Next = d.uint64()
+	b.Membership.Epoch = d.uint64()
 	b.Membership.Phase1 = int(d.uint16())
 	b.Membership.Phase2 = int(d.uint16())
 	b.Membership.NextID = paxosgroup.ReplicaID(d.uint32())
