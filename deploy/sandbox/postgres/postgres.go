@@ -52,6 +52,8 @@ type Server struct {
 	Dir      string // holds data/, log and the socket
 	Port     int    // on 127.0.0.1
 	Settings map[string]string
+	// Spawn starts the server's process; nil means (*exec.Cmd).Start.
+	Spawn func(*exec.Cmd) error
 }
 
 // DSN returns a URL of the superuser postgres to database db.
@@ -140,7 +142,11 @@ func (s *Server) Start(ctx context.Context) (int, error) {
 	cmd.Dir = s.Dir
 	cmd.Stdout, cmd.Stderr = logFile, logFile
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: cred, Setsid: true}
-	if err := cmd.Start(); err != nil {
+	spawn := (*exec.Cmd).Start
+	if s.Spawn != nil {
+		spawn = func(cmd *exec.Cmd) error { return s.Spawn(cmd) }
+	}
+	if err := spawn(cmd); err != nil {
 		return 0, fmt.Errorf("start postgres: %w", err)
 	}
 	exited := make(chan error, 1)
@@ -193,20 +199,84 @@ func (s *Server) Stop(ctx context.Context, sig syscall.Signal) error {
 }
 
 // Kill ends the postmaster and every backend with SIGKILL, as a crash of the
-// machine would, and waits until all are gone.
+// machine would, and waits until all are gone. It also ends backends that
+// outlived their postmaster.
 func (s *Server) Kill(ctx context.Context) error {
-	pid, ok := s.Running()
-	if !ok {
-		return nil
-	}
 	// Stop the postmaster first so that it cannot start another child.
-	pids := []int{pid}
-	_ = syscall.Kill(pid, syscall.SIGSTOP)
-	pids = append(pids, Children(pid)...)
+	if pid, ok := s.Running(); ok {
+		_ = syscall.Kill(pid, syscall.SIGSTOP)
+	}
+	pids := s.processes()
 	for _, p := range pids {
 		_ = syscall.Kill(p, syscall.SIGKILL)
 	}
 	return waitGone(ctx, pids)
+}
+
+// Pause stops the postmaster and every backend with SIGSTOP and returns when
+// all stand still.
+func (s *Server) Pause(ctx context.Context) error {
+	pid, ok := s.Running()
+	if !ok {
+		return errors.New("PostgreSQL does not run")
+	}
+	_ = syscall.Kill(pid, syscall.SIGSTOP) // first, so that no child is added
+	if err := waitFor(ctx, []int{pid}, stoppedOrGone, "run on"); err != nil {
+		return err
+	}
+	pids := s.processes()
+	for _, p := range pids {
+		_ = syscall.Kill(p, syscall.SIGSTOP)
+	}
+	return waitFor(ctx, pids, stoppedOrGone, "run on")
+}
+
+// Resume undoes Pause.
+func (s *Server) Resume() error {
+	for _, p := range s.processes() {
+		if err := syscall.Kill(p, syscall.SIGCONT); err != nil && !errors.Is(err, syscall.ESRCH) {
+			return err
+		}
+	}
+	return nil
+}
+
+// Paused reports whether the postmaster stands still.
+func (s *Server) Paused() bool {
+	pid, ok := s.Running()
+	return ok && state(pid) == 'T'
+}
+
+// processes returns every process of the server: those that work in its data
+// directory, as the postmaster and all its children do, or still in the one
+// they were started in.
+func (s *Server) processes() []int {
+	dir, err := filepath.EvalSymlinks(s.Dir)
+	if err != nil {
+		return nil
+	}
+	data := filepath.Join(dir, filepath.Base(s.DataDir()))
+	links, _ := filepath.Glob("/proc/[0-9]*/cwd")
+	var pids []int
+	for _, link := range links {
+		if at, err := os.Readlink(link); err != nil || at != dir && at != data {
+			continue
+		}
+		pid, err := strconv.Atoi(filepath.Base(filepath.Dir(link)))
+		if err != nil || !isPostgres(pid) {
+			continue // a shell that somebody opened there, say
+		}
+		pids = append(pids, pid)
+	}
+	return pids
+}
+
+// isPostgres tells by the name the kernel has, since a backend rewrites its
+// command line.
+func isPostgres(pid int) bool {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid))
+	name := strings.TrimSpace(string(b))
+	return err == nil && (name == "postgres" || name == "initdb")
 }
 
 // Children returns the pids of the direct children of pid.
@@ -225,32 +295,46 @@ func Children(pid int) []int {
 }
 
 func waitGone(ctx context.Context, pids []int) error {
+	return waitFor(ctx, pids, func(pid int) bool { s := state(pid); return s == 0 || s == 'Z' }, "still run")
+}
+
+func stoppedOrGone(pid int) bool {
+	s := state(pid)
+	return s == 0 || s == 'Z' || s == 'T'
+}
+
+// waitFor waits until all of pids are as asked.
+func waitFor(ctx context.Context, pids []int, as func(pid int) bool, complaint string) error {
 	for {
-		alive := 0
+		left := 0
 		for _, p := range pids {
-			if running(p) {
-				alive++
+			if !as(p) {
+				left++
 			}
 		}
-		if alive == 0 {
+		if left == 0 {
 			return nil
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("%d postgres processes still run: %w", alive, ctx.Err())
+			return fmt.Errorf("%d postgres processes %s: %w", left, complaint, ctx.Err())
 		case <-time.After(5 * time.Millisecond):
 		}
 	}
 }
 
-// running reports whether pid exists and is more than a zombie.
-func running(pid int) bool {
+// state returns the kernel's letter for what a process is doing (Z a zombie, T
+// stopped), 0 if there is none of that pid.
+func state(pid int) byte {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
-		return false
+		return 0
 	}
 	i := bytes.LastIndexByte(b, ')')
-	return i < 0 || i+2 >= len(b) || b[i+2] != 'Z'
+	if i < 0 || i+2 >= len(b) {
+		return 0
+	}
+	return b[i+2]
 }
 
 func (s *Server) command(ctx context.Context, name string, args ...string) *exec.Cmd {

@@ -1,0 +1,110 @@
+package relay
+
+import (
+	"sync"
+	"time"
+)
+
+// Wire is the connection between two regions, in both directions. Several
+// relays may run over one. Its methods are safe for concurrent use.
+type Wire struct {
+	oneWay time.Duration
+
+	// writing is held shared while bytes are handed to a receiver, exclusively
+	// while the wire is cut or mended.
+	writing sync.RWMutex
+
+	mu       sync.Mutex    // taken after writing, if both
+	whole    chan struct{} // closed while the wire is not cut
+	cut      bool
+	mendedAt time.Time
+	links    map[*link]struct{}
+}
+
+// NewWire returns a wire on which every byte takes oneWay; 0 is no delay.
+func NewWire(oneWay time.Duration) *Wire {
+	whole := make(chan struct{})
+	close(whole)
+	return &Wire{oneWay: oneWay, whole: whole, links: map[*link]struct{}{}}
+}
+
+// RoundTrip returns the delay there and back.
+func (w *Wire) RoundTrip() time.Duration { return 2 * w.oneWay }
+
+// IsCut reports whether the wire is cut.
+func (w *Wire) IsCut() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.cut
+}
+
+// Cut silences the wire and returns when nothing can arrive any more.
+func (w *Wire) Cut() {
+	w.mu.Lock()
+	if w.cut {
+		w.mu.Unlock()
+		return
+	}
+	w.cut = true
+	w.whole = make(chan struct{})
+	// Whoever is blocked in a read or a write comes out and finds the wire cut.
+	for l := range w.links {
+		l.interrupt()
+	}
+	w.mu.Unlock()
+	w.writing.Lock()
+	w.writing.Unlock() //nolint:staticcheck // an empty section: it waits for the last write
+}
+
+// Mend undoes Cut.
+func (w *Wire) Mend() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if !w.cut {
+		return
+	}
+	w.cut = false
+	w.mendedAt = time.Now()
+	for l := range w.links {
+		l.resume()
+	}
+	close(w.whole)
+}
+
+// state returns a channel that is closed while the wire is whole, and when it
+// was last mended.
+func (w *Wire) state() (whole <-chan struct{}, mendedAt time.Time) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.whole, w.mendedAt
+}
+
+// await returns when the wire is whole, or false when done is closed first.
+func (w *Wire) await(done <-chan struct{}) bool {
+	for {
+		whole, _ := w.state()
+		select {
+		case <-done:
+			return false
+		case <-whole:
+			if !w.IsCut() {
+				return true
+			}
+		}
+	}
+}
+
+func (w *Wire) add(l *link) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.links[l] = struct{}{}
+	if w.cut {
+		l.interrupt()
+	}
+}
+
+func (w *Wire) remove(l *link) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	delete(w.links, l)
+}
