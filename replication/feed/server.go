@@ -59,12 +59,12 @@ func (c *ServerConfig) options() (*server.Options, error) {
 		errs = append(errs, fmt.Errorf("listen address: %w", err))
 	}
 	o := &server.Options{
-		ServerName: c.ServerName,
-		Host:       host,
-		Port:       port,
-		NoSigs:     true,
-		JetStream:  true,
-		StoreDir:   c.StoreDir,
+		ServerName:             c.ServerName,
+		Host:                   host,
+		Port:                   port,
+		NoSigs:                 true,
+		JetStream:              true,
+		StoreDir:               c.StoreDir,
 		SyncAlways:             c.SyncAlways,
 		SyncInterval:           syncInterval,
 		JetStreamMaxStore:      c.StoreBytesMax,
