@@ -1,0 +1,99 @@
+package catalog
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+)
+
+// ForeignStandbysError says that synchronous_standby_names has a value that is
+// not ours, which is never overwritten.
+type ForeignStandbysError struct{ Value string }
+
+func (e *ForeignStandbysError) Error() string {
+	return fmt.Sprintf("synchronous_standby_names is %q: other synchronous standbys beside Quorate are not supported; "+
+		"run ALTER SYSTEM RESET synchronous_standby_names and SELECT pg_reload_conf() (or take it out of postgresql.conf)", e.Value)
+}
+
+// EnsureSynchronous makes the session named applicationName the one synchronous
+// standby of the server, and returns when this server's sessions see it. That
+// commits block must still be proved: see WaitBlocked.
+func EnsureSynchronous(ctx context.Context, conn *pgx.Conn, applicationName string) error {
+	ok, err := IsSynchronous(ctx, conn, applicationName)
+	if err != nil || ok {
+		return err
+	}
+	return alterSystem(ctx, conn, "synchronous_standby_names", pgx.Identifier{applicationName}.Sanitize())
+}
+
+// IsSynchronous reports whether commits wait for applicationName. Another value
+// than none is a ForeignStandbysError.
+func IsSynchronous(ctx context.Context, conn *pgx.Conn, applicationName string) (bool, error) {
+	var value string
+	if err := conn.QueryRow(ctx, "SELECT current_setting('synchronous_standby_names')").Scan(&value); err != nil {
+		return false, fmt.Errorf("read synchronous_standby_names: %w", err)
+	}
+	switch value {
+	case pgx.Identifier{applicationName}.Sanitize(), applicationName:
+		return true, nil
+	case "":
+		return false, nil
+	}
+	return false, &ForeignStandbysError{Value: value}
+}
+
+// ClearSynchronous resets synchronous_standby_names. Every commit that waits is
+// then released as if it had been confirmed: only where nothing can wait.
+func ClearSynchronous(ctx context.Context, conn *pgx.Conn) error {
+	return resetSystem(ctx, conn, "synchronous_standby_names")
+}
+
+// SetReadOnlyDefault sets default_transaction_read_only for all sessions of the
+// server that do not say otherwise, so that drivers which ask for a read-write
+// server pass this one by. Sessions of a sidecar set it off for themselves.
+func SetReadOnlyDefault(ctx context.Context, conn *pgx.Conn, on bool) error {
+	if on {
+		return alterSystem(ctx, conn, "default_transaction_read_only", "on")
+	}
+	return resetSystem(ctx, conn, "default_transaction_read_only")
+}
+
+// WaitBlocked returns nil when the session pid is seen to wait for synchronous
+// replication.
+func WaitBlocked(ctx context.Context, conn *pgx.Conn, pid uint32) error {
+	for {
+		var blocked bool
+		err := conn.QueryRow(ctx, "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE pid = $1 AND wait_event = 'SyncRep')", int64(pid)).Scan(&blocked)
+		if err != nil {
+			return fmt.Errorf("see whether session %d waits for synchronous replication: %w", pid, err)
+		}
+		if blocked {
+			return nil
+		}
+		if err := sleep(ctx, 2*time.Millisecond); err != nil {
+			return fmt.Errorf("session %d does not wait for synchronous replication: %w", pid, err)
+		}
+	}
+}
+
+// reload makes the server read its configuration and waits until the file's
+// value of name, as value, is in force.
+func reload(ctx context.Context, conn *pgx.Conn, name, value string) error {
+	if _, err := conn.Exec(ctx, "SELECT pg_reload_conf()"); err != nil {
+		return fmt.Errorf("reload the configuration: %w", err)
+	}
+	for {
+		var now string
+		if err := conn.QueryRow(ctx, "SELECT reset_val FROM pg_settings WHERE name = $1", name).Scan(&now); err != nil {
+			return fmt.Errorf("read %s: %w", name, err)
+		}
+		if now == value {
+			return nil
+		}
+		if err := sleep(ctx, 5*time.Millisecond); err != nil {
+			return fmt.Errorf("%s is %q, not %q, after a reload (a setting on the command line or of the role wins): %w", name, now, value, err)
+		}
+	}
+}
