@@ -94,7 +94,6 @@ func handlerErrors(t *testing.T, server *postgres.Server) {
 // confirmAll is the Handler of a bare synchronous standby.
 type confirmAll struct {
 	stream *Stream
-	commit chan entry.LSN // nil: nobody listens
 }
 
 func (c *confirmAll) started(s *Stream)       { c.stream = s }
@@ -111,22 +110,31 @@ func (c *confirmAll) Position(_ context.Context, lsn entry.LSN) error {
 	return nil
 }
 
-// synchronous makes application name quorate the server's synchronous standby
-// and waits until the walsender knows. (It counts as one, and is shown as such,
-// from its first confirmation on.)
-func synchronous(t testing.TB, db *database) {
+// synchronous makes application name quorate the server's synchronous standby,
+// proves it by a commit that waits, and releases that.
+func synchronous(t testing.TB, db *database, stream *Stream) {
 	t.Helper()
 	db.exec("ALTER SYSTEM SET synchronous_standby_names = 'quorate'", "SELECT pg_reload_conf()")
-	deadline := time.Now().Add(waitMax)
-	for db.one("SELECT coalesce((SELECT sync_priority FROM pg_stat_replication WHERE application_name = 'quorate'), 0)::text") != "1" {
-		if time.Now().After(deadline) {
-			t.Fatal("the stream does not become the synchronous standby")
-		}
-		time.Sleep(5 * time.Millisecond)
-	}
 	t.Cleanup(func() {
 		db.exec("SET synchronous_commit = local", "ALTER SYSTEM RESET synchronous_standby_names", "SELECT pg_reload_conf()")
 	})
+	for deadline := time.Now().Add(waitMax); time.Now().Before(deadline); {
+		probe := commitHangs(t, db.server, db.name, "SELECT pg_logical_emit_message(true, 'quorate.local.probe', '')")
+		for {
+			select {
+			case <-probe: // the checkpointer has not read the setting yet
+			case <-time.After(5 * time.Millisecond):
+				if db.one("SELECT count(*)::text FROM pg_stat_activity WHERE wait_event = 'SyncRep'") == "0" {
+					continue
+				}
+				stream.Confirm(db.lsn("SELECT pg_current_wal_flush_lsn()"))
+				isReleased(t, probe, "the probe")
+				return
+			}
+			break
+		}
+	}
+	t.Fatal("no commit waits")
 }
 
 // commitHangs runs a statement in a session of its own and reports whether its
@@ -177,10 +185,10 @@ func isReleased(t testing.TB, released chan error, what string) {
 
 func TestCommitWaitsForConfirm(t *testing.T) {
 	server := postgrestest.Start(t, nil)
-	db := newDatabase(t, server, "CREATE TABLE t(id int PRIMARY KEY)", "CREATE UNLOGGED TABLE unlogged(id int)", "CREATE SEQUENCE s")
+	db := newDatabase(t, server, "CREATE TABLE t(id int PRIMARY KEY)", "CREATE SEQUENCE s")
 	r := newRecorder(Propose)
 	stream, stop := db.capture(r)
-	synchronous(t, db)
+	synchronous(t, db, stream)
 
 	first := commitHangs(t, server, db.name, "INSERT INTO t VALUES (1)")
 	e1 := r.next(t, "entry")
@@ -207,7 +215,7 @@ func TestCommitWaitsForConfirm(t *testing.T) {
 	isReleased(t, second, "the second commit")
 
 	// What touches nothing published: released by an idle position alone.
-	for _, statement := range []string{"INSERT INTO unlogged VALUES (1)", "SELECT nextval('s')", "CREATE ROLE somebody"} {
+	for _, statement := range []string{"SELECT nextval('s')", "CREATE UNLOGGED TABLE unlogged(id int)", "CREATE ROLE somebody"} {
 		released := commitHangs(t, server, db.name, statement)
 		stillWaits(t, db, released, statement)
 		end := db.lsn("SELECT pg_current_wal_flush_lsn()")
