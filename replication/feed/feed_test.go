@@ -329,9 +329,6 @@ func TestFeed(t *testing.T) {
 		waitFor(t, a, 101)
 		waitFor(t, b, 101)
 		wantCount(t, values(readAll(t, s.URL())), 1000)
-		if n := a.Status().Published + b.Status().Published; n < 1000 {
-			t.Errorf("%d messages acknowledged of 1000", n)
-		}
 		if a.Status().Refused+b.Status().Refused == 0 {
 			t.Error("neither publisher was ever refused: the test tests nothing")
 		}

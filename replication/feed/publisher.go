@@ -106,7 +106,7 @@ type Status struct {
 	State     string // for people: "publishing", or what it waits for
 	Running   bool
 	Slot      uint64 // everything below is in the stream, or known to be nothing; 0 if not known
-	Published uint64 // messages acknowledged, since start
+	Published uint64 // messages acknowledged since start; not those whose outcome a restart left open
 	Refused   uint64 // times another publisher was found to have written
 	Restarts  uint64 // times it went back to the stream's last message, for whatever reason
 	Gaps      uint64 // stretches of the log that were cut before they were published
@@ -225,7 +225,10 @@ func (p *Publisher) session(ctx context.Context) error {
 		// Headers count too; ours are far below this.
 		renderer: newRenderer(p.subjects, int(nc.MaxPayload())-4096),
 	}
-	return r.publish(ctx, tail.next)
+	err = r.publish(ctx, tail.next)
+	acked := r.window.takeAcked()
+	p.update(func(s *Status) { s.Published += acked })
+	return err
 }
 
 func (p *Publisher) connect() (*nats.Conn, error) {
