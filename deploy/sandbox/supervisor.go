@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -115,7 +116,10 @@ func New(ctx context.Context, o Options) (_ *Supervisor, err error) {
 	s.regions = regionsOf(dir, d)
 	for _, r := range s.regions {
 		r.command, r.spawner = command, s.spawner
-		r.server.BinDir, r.server.Settings = s.binDir, o.PostgresSettings
+		r.server.BinDir = s.binDir
+		// No unix socket: its path could be too long, and nobody needs it.
+		r.server.Settings = map[string]string{"unix_socket_directories": ""}
+		maps.Copy(r.server.Settings, o.PostgresSettings)
 		r.server.Spawn = func(cmd *exec.Cmd) error { return s.spawner.start(cmd, syscall.SIGQUIT) }
 	}
 	if err := s.clean(ctx); err != nil {
