@@ -2,12 +2,8 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
-	"os"
-	"path/filepath"
 	"strings"
 	"time"
 
@@ -15,6 +11,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 
+	"quorate/deploy/sandbox"
 	"quorate/sidecar/admin/adminpb"
 )
 
@@ -43,8 +40,8 @@ func (a *addressing) addFlags(cmd *cobra.Command) {
 
 // endpoint is one sidecar's administrative address.
 type endpoint struct {
-	Name  string `json:"name"` // of the region; empty if not known
-	Admin string `json:"admin"`
+	Name  string // of the region; empty if not known
+	Admin string
 }
 
 // endpoints lists the sidecars that may be asked: at least one.
@@ -59,28 +56,19 @@ func (a *addressing) endpoints(cmd *cobra.Command) ([]endpoint, error) {
 	if dir == "" {
 		dir = defaultSandboxDir
 	}
-	path := filepath.Join(dir, "sandbox.json")
-	text, err := os.ReadFile(path)
-	if errors.Is(err, fs.ErrNotExist) && !given {
+	described, err := sandbox.Load(dir)
+	if errors.Is(err, sandbox.ErrNoSandbox) && !given {
 		return []endpoint{{Admin: defaultAdminAddress}}, nil
 	}
 	if err != nil {
-		return nil, coded(exitError, "find the sandbox: %w", err)
-	}
-	var sandbox struct {
-		Regions []endpoint `json:"regions"`
-	}
-	if err := json.Unmarshal(text, &sandbox); err != nil {
-		return nil, coded(exitError, "read %s: %w", path, err)
+		return nil, err
 	}
 	var found []endpoint
-	for _, e := range sandbox.Regions {
-		if e.Admin != "" {
-			found = append(found, e)
-		}
+	for _, r := range described.Regions {
+		found = append(found, endpoint{Name: r.Name, Admin: r.Address("admin")})
 	}
 	if len(found) == 0 {
-		return nil, coded(exitError, "read %s: it lists no region with an admin address", path)
+		return nil, fmt.Errorf("the sandbox in %s has no region", dir)
 	}
 	return found, nil
 }

@@ -25,8 +25,8 @@ type transferView struct {
 }
 
 // leaderKnown stops waiting when most regions have answered and the highest
-// ballot among them is that of a region that takes writes: the rest can only
-// know less.
+// ballot among them is that of a region that takes writes: a newer leader would
+// need the promise of one of them, and it would tell of that ballot.
 func leaderKnown(answers []statusAnswer) bool {
 	count, leads := 0, false
 	var highest regionView

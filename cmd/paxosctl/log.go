@@ -161,10 +161,10 @@ func readLogAt(cmd *cobra.Command, at endpoint, request *adminpb.LogReadRequest,
 }
 
 // The columns have fixed widths, as entries are printed while they come.
-const entryColumns = "%8s  %-11s  %-9s  %-8s  %6s  %-8s  %-23s  %10s  %9s  %s\n"
+const entryColumns = "%8s  %-11s  %-9s  %-8s  %6s  %-8s  %-23s  %10s  %9s  %s"
 
 func printEntryHeading(w io.Writer) error {
-	_, err := fmt.Fprintf(w, entryColumns, "SLOT", "KIND", "VERDICT", "TERM", "NUMBER", "REGION", "TIME", "XID", "BYTES", "WHAT")
+	_, err := fmt.Fprintf(w, entryColumns+"\n", "SLOT", "KIND", "VERDICT", "TERM", "NUMBER", "REGION", "TIME", "XID", "BYTES", "WHAT")
 	return err
 }
 
@@ -189,8 +189,9 @@ func printEntry(w io.Writer, v entryView) error {
 	if v.Trace != "" {
 		what = append(what, "trace "+v.Trace)
 	}
-	if _, err := fmt.Fprintf(w, entryColumns, fmt.Sprint(v.Slot), v.Kind, v.Verdict, v.Term, number, v.Region, when, xid,
-		fmt.Sprint(v.Bytes), strings.Join(what, ", ")); err != nil {
+	line := fmt.Sprintf(entryColumns, fmt.Sprint(v.Slot), v.Kind, v.Verdict, v.Term, number, v.Region, when, xid,
+		fmt.Sprint(v.Bytes), strings.Join(what, ", "))
+	if _, err := fmt.Fprintln(w, strings.TrimRight(line, " ")); err != nil {
 		return err
 	}
 	for _, change := range v.Changes {

@@ -81,8 +81,8 @@ func (r regionView) below(s regionView) bool {
 func (r regionView) leads() bool { return r.Reachable && r.Role == admin.RoleLeader }
 
 // settle derives what no single region knows: the leader, of those that believe
-// to lead the one with the highest ballot, and the lag behind the highest slot
-// that any region knows to be chosen.
+// to lead the one with the highest ballot, and the lag of those that
+// answer behind the highest slot that any region knows to be chosen.
 func (v *clusterView) settle() {
 	var leader *regionView
 	var chosen uint64
@@ -98,7 +98,7 @@ func (v *clusterView) settle() {
 		v.Leader = leader.Name
 	}
 	for i := range v.Regions {
-		if r := &v.Regions[i]; chosen > r.Applied {
+		if r := &v.Regions[i]; r.Reachable && chosen > r.Applied {
 			r.LagSlots = max(r.LagSlots, chosen-r.Applied)
 		}
 	}
