@@ -124,7 +124,7 @@ const (
 	holdersOfFence = `EXISTS (SELECT FROM pg_locks l WHERE l.pid = a.pid AND l.granted
 		AND l.relation = 'quorate.open'::regclass AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database()))`
 	writers = `(a.backend_xid IS NOT NULL OR EXISTS (SELECT FROM pg_locks l WHERE l.pid = a.pid AND l.granted
-		AND l.locktype IN ('relation', 'tuple') AND l.mode NOT IN ('AccessShareLock', 'ShareUpdateExclusiveLock')
+		AND l.locktype IN ('relation', 'tuple') AND l.mode NOT IN ('AccessShareLock', 'ShareUpdateExclusiveLock', 'SIReadLock')
 		AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())))`
 	everyClient = `true`
 )
