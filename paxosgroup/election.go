@@ -239,7 +239,7 @@ func (r *Replica) onPromise(m Message) {
 		return
 	}
 	if slices.Contains(r.lead.promised, m.From) {
-		return // the first one stands: later ones may hold our own entries
+		return
 	}
 	for _, a := range m.Accepted {
 		r.recover(a)
@@ -258,6 +258,10 @@ func (r *Replica) recordPromise(from ReplicaID, chosen Slot) {
 
 // recover keeps the entry of the highest ballot in each slot.
 func (r *Replica) recover(a AcceptedEntry) {
+	if a.Ballot == r.ballot { // its sender promised after it had accepted: a newcomer
+		invariant(a.Slot < r.lead.next, "slot %d accepted at %v and never proposed", a.Slot, a.Ballot)
+		return
+	}
 	invariant(a.Ballot.Less(r.ballot), "promise for %v reports slot %d accepted at %v", r.ballot, a.Slot, a.Ballot)
 	if have, ok := r.lead.recovered[a.Slot]; a.Slot > r.chosen && (!ok || have.Ballot.Less(a.Ballot)) {
 		r.lead.recovered[a.Slot] = a

@@ -28,7 +28,7 @@ type leadership struct {
 	noticedAt   Instant
 
 	membership       *Membership // wanted; proposed once its lease holds
-	membershipFloor  Instant // its lease must reach as far as what was reported before
+	membershipFloor  Instant     // its lease must reach as far as what was reported before
 	membershipUntil  Instant
 	transfer         *transfer
 	bytesUpTo        uint64   // payload bytes proposed in this leadership
