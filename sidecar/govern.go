@@ -1,0 +1,406 @@
+package sidecar
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"quorate/paxosgroup"
+	"quorate/replication/catalog"
+	"quorate/replication/entry"
+	"quorate/replication/sequence"
+	"quorate/sidecar/admin"
+)
+
+// How long a step may take before this region gives leadership to another.
+const (
+	promoteWithin = 10 * time.Second
+	drainWithin   = 5 * time.Second
+	closeWait     = 100 * time.Millisecond
+)
+
+// govern moves the database between its roles. It alone runs SQL that does so.
+func (se *session) govern(ctx context.Context) error {
+	if err := se.makeSynchronous(ctx); err != nil {
+		return endOf(ctx, err)
+	}
+	for {
+		status, statusChanged := se.group.Status(), se.group.StatusChanged()
+		se.mu.Lock()
+		changed := se.changed
+		condemned := se.divergent
+		leads := status.Role == paxosgroup.Leader && se.term.ballot == status.Ballot && se.term.incarnation == se.incarnation
+		lineage := se.lineage()
+		proposing := se.proposing == status.Ballot && leads || !se.restart.IsZero()
+		settled, unresolved, open := se.settled, se.unresolved(), se.open
+		se.mu.Unlock()
+
+		var err error
+		switch {
+		case condemned != "":
+			return se.quarantine(ctx)
+		case leads && proposing:
+			// Leading: nothing to do until that changes.
+		case leads && lineage:
+			err = se.renew(ctx, status.Ballot)
+		case !lineage && unresolved > 0:
+			se.set(func() {
+				se.condemn(fmt.Sprintf("%d transactions committed here were not chosen before another region led", unresolved))
+			})
+			continue
+		case !lineage && (!settled || open):
+			err = se.settle(ctx)
+		case leads:
+			err = se.promote(ctx, status.Ballot)
+		}
+		if err != nil {
+			return endOf(ctx, err)
+		}
+		se.group.SetElectable(se.ready())
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-statusChanged:
+		case <-changed:
+		case r := <-se.requests:
+			r.done <- r.do(ctx)
+		}
+	}
+}
+
+// ready reports whether this database could lead.
+func (se *session) ready() bool {
+	se.mu.Lock()
+	defer se.mu.Unlock()
+	return se.divergent == "" && se.synchronous && (se.settled || se.lineage())
+}
+
+// makeSynchronous has every COMMIT wait for this sidecar and proves it by one
+// that is seen to wait. Publication, slot and stream are there before it.
+func (se *session) makeSynchronous(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	if err := se.await(ctx, func() bool { return se.stream != nil }); err != nil {
+		return fmt.Errorf("capture does not start: %w", err)
+	}
+	if err := catalog.EnsureSynchronous(ctx, se.ctl, se.cfg.Postgres.ApplicationName); err != nil {
+		return err
+	}
+	probe, err := se.db.connect(ctx, "proof")
+	if err != nil {
+		return err
+	}
+	defer probe.Close(context.Background())
+	if _, err := probe.Exec(ctx, "SET synchronous_commit = on"); err != nil {
+		return err
+	}
+	pid := probe.PgConn().PID()
+	se.set(func() { se.held = true })
+	released := make(chan error, 1)
+	go func() {
+		_, err := probe.Exec(ctx, "SELECT pg_logical_emit_message(true, $1, 'proof')", entry.LocalPrefix)
+		released <- err
+	}()
+	blocked := make(chan error, 1)
+	go func() { blocked <- catalog.WaitBlocked(ctx, se.ctl, pid) }()
+	select {
+	case err = <-released:
+		if err == nil {
+			err = errors.New("a test commit returned although nothing was confirmed: another standby confirms in our place, or synchronous_standby_names does not name us")
+		}
+		cancel()
+		<-blocked
+		return fmt.Errorf("prove that COMMIT waits: %w", err)
+	case err = <-blocked:
+	}
+	se.mu.Lock()
+	se.held = false
+	se.synchronous = err == nil
+	se.confirm()
+	se.notify()
+	se.mu.Unlock()
+	if err == nil {
+		select {
+		case <-released:
+			return nil
+		case <-time.After(time.Second):
+			// It waits behind commits of the region's last life, which may take a
+			// leader to be released. Having waited is what was to be proved; what
+			// it wrote is bookkeeping.
+			_, err = se.ctl.Exec(ctx, "SELECT pg_terminate_backend($1::int)", pid)
+		}
+	}
+	cancel()
+	<-released
+	if err != nil {
+		return fmt.Errorf("prove that COMMIT waits: %w", err)
+	}
+	return nil
+}
+
+// settle closes the database after another region opened a term, and finds out
+// whether it holds anything that is not effective. Only then is replay let in.
+func (se *session) settle(ctx context.Context) error {
+	se.mu.Lock()
+	wasOpen, ballot := se.open, se.term.ballot
+	se.state, se.proposing, se.settled = admin.StateDemoting, paxosgroup.Ballot{}, false
+	se.notify()
+	se.mu.Unlock()
+	if wasOpen {
+		// The term was lost without a hand-over. Clients may wait in COMMIT for
+		// what will never be effective; ending a waiter shows its rows to others,
+		// so nobody is let read before it is known that there is none such.
+		if err := se.db.refuseConnections(ctx); err != nil {
+			return err
+		}
+		if _, err := catalog.TerminateClients(ctx, se.ctl); err != nil {
+			return fmt.Errorf("settle: end sessions: %w", err)
+		}
+	}
+	if err := catalog.CloseFence(ctx, se.ctl, mainShard, int64(ballot.Counter), int64(ballot.Replica), closeWait); err != nil {
+		return fmt.Errorf("settle: close the fence: %w", err)
+	}
+	if _, err := catalog.TerminateWriters(ctx, se.ctl); err != nil {
+		return fmt.Errorf("settle: end writers: %w", err)
+	}
+	se.set(func() { se.open = false })
+	end, err := se.nudge(ctx)
+	if err != nil {
+		return err
+	}
+	if err := se.await(ctx, func() bool { return se.captured >= end || se.divergent != "" }); err != nil {
+		return err
+	}
+	se.mu.Lock()
+	clean := se.divergent == "" && se.unresolved() == 0 && se.intact()
+	se.mu.Unlock()
+	if !clean {
+		return nil // govern sees why
+	}
+	if err := se.db.allowConnections(ctx); err != nil {
+		return err
+	}
+	if se.cfg.Postgres.DefaultReadOnly {
+		if err := catalog.SetReadOnlyDefault(ctx, se.ctl, true); err != nil {
+			return err
+		}
+	}
+	se.set(func() { se.settled = true; se.state = admin.StateFollowing })
+	return nil
+}
+
+// intact reports whether the server still has every effective commit of this
+// incarnation, as it should; else it was restored or rolled back, and condemned.
+// It looks once a session: later commits are captured from the WAL. The caller
+// holds mu.
+func (se *session) intact() bool {
+	if !se.looked && se.flushed < se.effectiveLSN {
+		se.condemn(fmt.Sprintf("the server's WAL ended at %s, before the last effective commit at %s: it was restored or replaced", se.flushed, se.effectiveLSN))
+		return false
+	}
+	se.looked = true
+	return true
+}
+
+// nudge commits a bookkeeping message, so that the walsender tells of a position
+// behind everything committed before. It returns one below that commit's end.
+func (se *session) nudge(ctx context.Context) (entry.LSN, error) {
+	var lsn entry.LSN
+	err := se.ctl.QueryRow(ctx, "SELECT pg_logical_emit_message(true, $1, 'nudge')::text", entry.LocalPrefix).Scan(&lsn)
+	if err != nil {
+		return 0, fmt.Errorf("write a bookkeeping message: %w", err)
+	}
+	return lsn, nil
+}
+
+// renew goes on in a new term of this region's own, with no foreign one since
+// the fence was opened: what was captured and not chosen is handed over again.
+func (se *session) renew(ctx context.Context, ballot paxosgroup.Ballot) error {
+	stepCtx, cancel := context.WithTimeout(ctx, promoteWithin)
+	defer cancel()
+	se.mu.Lock()
+	opened := se.term.slot
+	intact := se.intact()
+	se.mu.Unlock()
+	if !intact {
+		return nil // govern sees why
+	}
+	if err := se.await(stepCtx, func() bool { return se.applied >= opened }); err != nil {
+		return fmt.Errorf("apply everything below slot %d: %w", opened, err)
+	}
+	if se.tracker == nil {
+		if err := se.loadSequences(stepCtx); err != nil {
+			return err
+		}
+	}
+	if err := se.openFence(stepCtx, ballot); err != nil {
+		return err
+	}
+	se.mu.Lock()
+	defer se.mu.Unlock()
+	se.settled = false
+	if se.unproposed || se.unresolved() > 0 {
+		se.restart = ballot
+	} else {
+		se.proposing = ballot
+	}
+	se.state = admin.StateLeading
+	se.log.Info("leading again", "ballot", ballot)
+	se.notify()
+	return nil
+}
+
+// promote opens the database to writes in this region's term, after another's
+// or for the first time. Everything below the opening entry is judged; nothing
+// local is left that is not effective.
+func (se *session) promote(ctx context.Context, ballot paxosgroup.Ballot) error {
+	begun := time.Now()
+	se.replay.SetPromoting(true)
+	defer se.replay.SetPromoting(false)
+	se.set(func() { se.state = admin.StatePromoting })
+	stepCtx, cancel := context.WithTimeout(ctx, promoteWithin)
+	defer cancel()
+	still := func() bool {
+		st := se.group.Status()
+		return st.Role == paxosgroup.Leader && st.Ballot == ballot
+	}
+	changed := se.group.StatusChanged()
+	go func() { // a lost term ends the waiting below
+		select {
+		case <-stepCtx.Done():
+		case <-changed:
+			if !still() {
+				cancel()
+			}
+		}
+	}()
+	err := se.openForWrites(stepCtx, ballot)
+	switch {
+	case err == nil:
+		se.log.Info("leading", "ballot", ballot, "took", time.Since(begun))
+		return nil
+	case ctx.Err() != nil:
+		return ctx.Err()
+	case !still():
+		se.set(func() { se.state = admin.StateFollowing })
+		return nil
+	case errors.Is(err, context.DeadlineExceeded):
+		se.log.Warn("could not open the database in time: leadership goes to another region", "err", err)
+		se.group.Resign()
+		se.set(func() { se.state = admin.StateFollowing })
+		return nil
+	}
+	return err
+}
+
+func (se *session) openForWrites(ctx context.Context, ballot paxosgroup.Ballot) error {
+	se.mu.Lock()
+	opened := se.term.slot
+	se.mu.Unlock()
+	if err := se.await(ctx, func() bool { return se.applied >= opened }); err != nil {
+		return fmt.Errorf("apply everything below slot %d: %w", opened, err)
+	}
+	if err := sequence.AdvancePastColumns(ctx, se.ctl); err != nil {
+		return err
+	}
+	if err := se.loadSequences(ctx); err != nil {
+		return err
+	}
+	recorded, err := catalog.WriteOpening(ctx, se.ctl, mainShard, int64(ballot.Counter), int64(ballot.Replica))
+	if err != nil {
+		return err
+	}
+	o := opening{term: ballot, horizon: recorded.Horizon}
+	if se.cfg.Postgres.DefaultReadOnly {
+		if err := catalog.SetReadOnlyDefault(ctx, se.ctl, false); err != nil {
+			return err
+		}
+	}
+	// Captured commits are proposed from before the fence opens.
+	se.mu.Lock()
+	if se.divergent != "" || se.unresolved() > 0 {
+		se.mu.Unlock()
+		return nil // govern condemns it
+	}
+	se.opened, se.proposing, se.unproposed, se.settled = o, ballot, false, false
+	se.notify()
+	se.mu.Unlock()
+	if err := se.openFence(ctx, ballot); err != nil {
+		se.set(func() { se.proposing = paxosgroup.Ballot{} })
+		return err
+	}
+	se.set(func() { se.state = admin.StateLeading })
+	return nil
+}
+
+func (se *session) openFence(ctx context.Context, ballot paxosgroup.Ballot) error {
+	if err := catalog.OpenFence(ctx, se.ctl, mainShard, int64(ballot.Counter), int64(ballot.Replica)); err != nil {
+		return fmt.Errorf("open the fence: %w", err)
+	}
+	se.set(func() { se.open = true })
+	return nil
+}
+
+// loadSequences starts the tracker afresh for a term of our own.
+func (se *session) loadSequences(ctx context.Context) error {
+	se.set(func() { se.tracker, se.sequences = sequence.NewTracker(), true })
+	return nil
+}
+
+// quarantine closes the database for good: nobody reads what will be discarded,
+// and no waiter is ever told success.
+func (se *session) quarantine(ctx context.Context) error {
+	se.set(func() { se.state = admin.StateRepairing; se.proposing = paxosgroup.Ballot{}; se.held = true })
+	se.group.SetElectable(false)
+	se.group.Resign()
+	if err := se.db.refuseConnections(ctx); err != nil {
+		return err
+	}
+	if _, err := catalog.TerminateClients(ctx, se.ctl); err != nil {
+		return fmt.Errorf("end sessions: %w", err)
+	}
+	return errReplace
+}
+
+// handOver is a planned transfer: no new writes, what is under way becomes
+// effective, then the other region opens its term.
+func (se *session) handOver(ctx context.Context, to paxosgroup.ReplicaID) (time.Duration, error) {
+	begun := time.Now()
+	se.mu.Lock()
+	ballot := se.proposing
+	se.mu.Unlock()
+	if ballot.IsZero() {
+		return 0, &admin.NotLeaderError{Leader: se.leaderRegion()}
+	}
+	reopen := func(cause error) (time.Duration, error) {
+		if st := se.group.Status(); st.Role == paxosgroup.Leader && st.Ballot == ballot {
+			if err := se.openFence(ctx, ballot); err != nil {
+				return 0, errors.Join(cause, err)
+			}
+			se.set(func() { se.state = admin.StateLeading })
+		}
+		return 0, cause
+	}
+	se.set(func() { se.state = admin.StateDemoting })
+	if err := catalog.CloseFence(ctx, se.ctl, mainShard, int64(ballot.Counter), int64(ballot.Replica), closeWait); err != nil {
+		return reopen(fmt.Errorf("close the fence: %w", err))
+	}
+	se.set(func() { se.open, se.settled = false, false })
+	drainCtx, cancel := context.WithTimeout(ctx, drainWithin)
+	defer cancel()
+	end, err := se.nudge(drainCtx)
+	if err != nil {
+		return reopen(err)
+	}
+	if err := se.await(drainCtx, func() bool { return se.captured >= end && se.unresolved() == 0 }); err != nil {
+		return reopen(fmt.Errorf("what is under way does not become effective: %w", err))
+	}
+	if err := se.group.Transfer(drainCtx, to); err != nil {
+		return reopen(fmt.Errorf("hand over: %w", err))
+	}
+	if err := se.await(drainCtx, func() bool { return ballot.Less(se.lastForeign) }); err != nil {
+		return reopen(fmt.Errorf("the other region did not open its term: %w", err))
+	}
+	return time.Since(begun), nil
+}

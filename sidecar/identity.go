@@ -1,0 +1,81 @@
+package sidecar
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"quorate/paxosgroup"
+	"quorate/sidecar/sidecarpb"
+)
+
+// identity is who this sidecar is in its cluster. It is written before the
+// sidecar takes part in anything and lies beside the log: whoever loses one
+// loses the other, and comes back as somebody new.
+type identity struct {
+	Cluster    string               `json:"cluster"`
+	ClusterID  uint64               `json:"cluster_id"`
+	Region     string               `json:"region"`
+	ReplicaID  paxosgroup.ReplicaID `json:"replica_id"`
+	Life       sidecarpb.Life       `json:"life"`
+	Membership []byte               `json:"membership"` // the first one, or that of the entry that added this replica
+	Origin     string               `json:"origin"`     // at the cluster's making: whose database the others start from
+	// Founded: the region's first database was set up (or was not needed,
+	// since it starts from an image).
+	Founded bool `json:"founded"`
+}
+
+const identityFile = "identity.json"
+
+// loadIdentity returns nil, and no error, where none was ever written.
+func loadIdentity(dir string) (*identity, error) {
+	path := filepath.Join(dir, identityFile)
+	b, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read identity: %w", err)
+	}
+	var id identity
+	if err := json.Unmarshal(b, &id); err != nil {
+		return nil, fmt.Errorf("identity %s is damaged: %w: if the log beside it is lost too, move data_dir away and start again: the region then joins as a new replica", path, err)
+	}
+	return &id, nil
+}
+
+// save makes the identity durable before it returns.
+func (id *identity) save(dir string) error {
+	b, err := json.MarshalIndent(id, "", "  ")
+	if err != nil {
+		return err
+	}
+	path := filepath.Join(dir, identityFile)
+	f, err := os.OpenFile(path+".new", os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+	if err != nil {
+		return fmt.Errorf("write identity: %w", err)
+	}
+	_, err = f.Write(append(b, '\n'))
+	err = errors.Join(err, f.Sync(), f.Close())
+	if err == nil {
+		err = os.Rename(path+".new", path)
+	}
+	if err == nil {
+		err = syncDir(dir)
+	}
+	if err != nil {
+		return fmt.Errorf("write identity %s: %w", path, err)
+	}
+	return nil
+}
+
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}

@@ -1,0 +1,344 @@
+package sidecar
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/jackc/pglogrepl"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"quorate/paxosgroup"
+	"quorate/replication/entry"
+	"quorate/sidecar/config"
+	"quorate/snapshot"
+)
+
+// The image of another region is loaded into a database of its own beside the
+// one it replaces; when it is complete and flushed, the two change names in one
+// transaction. A crash before that leaves the old database and a leftover that
+// is dropped; after it, the new one and a leftover that is dropped.
+func (db *database) seedName() string { return db.base.Database + "_quorate_seed" }
+func (db *database) oldName() string  { return db.base.Database + "_quorate_old" }
+
+// tidy removes what a seeding that was cut short left behind.
+func (db *database) tidy(ctx context.Context) error {
+	return db.withMaintenance(ctx, func(conn *pgx.Conn) error {
+		for _, name := range []string{db.seedName(), db.oldName()} {
+			if err := dropDatabase(ctx, conn, name); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// dropDatabase drops a database, its replication slots first.
+func dropDatabase(ctx context.Context, conn *pgx.Conn, name string) error {
+	if err := dropSlots(ctx, conn, name); err != nil {
+		return err
+	}
+	if _, err := conn.Exec(ctx, "DROP DATABASE IF EXISTS "+quoted(name)+" WITH (FORCE)"); err != nil {
+		return fmt.Errorf("drop database %s: %w", name, err)
+	}
+	return nil
+}
+
+// dropSlots drops the sidecar's replication slots of a database, ending whoever
+// streams from them: a former life of this sidecar.
+func dropSlots(ctx context.Context, conn *pgx.Conn, name string) error {
+	for {
+		rows, err := conn.Query(ctx, "SELECT slot_name, active_pid FROM pg_replication_slots WHERE database = $1 AND slot_name LIKE 'quorate%'", name)
+		if err != nil {
+			return err
+		}
+		type slot struct {
+			Name string
+			PID  *int32
+		}
+		slots, err := pgx.CollectRows(rows, pgx.RowToStructByPos[slot])
+		if err != nil {
+			return err
+		}
+		if len(slots) == 0 {
+			return nil
+		}
+		for _, s := range slots {
+			if s.PID != nil {
+				if _, err := conn.Exec(ctx, "SELECT pg_terminate_backend($1)", *s.PID); err != nil {
+					return err
+				}
+				continue
+			}
+			if _, err := conn.Exec(ctx, "SELECT pg_drop_replication_slot($1)", s.Name); err != nil && !isCode(err, "42704") && !isCode(err, "55006") {
+				return fmt.Errorf("drop replication slot %s: %w", s.Name, err)
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
+
+// createSeed makes the empty database that an image is loaded into, with the
+// encoding and locale of the one it will replace.
+func (db *database) createSeed(ctx context.Context) error {
+	return db.withMaintenance(ctx, func(conn *pgx.Conn) error {
+		var encoding, collate, ctype, owner string
+		err := conn.QueryRow(ctx, `SELECT pg_encoding_to_char(encoding), datcollate, datctype, pg_get_userbyid(datdba)
+			FROM pg_database WHERE datname = $1`, db.base.Database).Scan(&encoding, &collate, &ctype, &owner)
+		if err != nil {
+			return fmt.Errorf("look at database %s: %w", db.base.Database, err)
+		}
+		_, err = conn.Exec(ctx, fmt.Sprintf("CREATE DATABASE %s TEMPLATE template0 OWNER %s ENCODING %s LC_COLLATE %s LC_CTYPE %s",
+			quoted(db.seedName()), quoted(owner), literal(encoding), literal(collate), literal(ctype)))
+		if err != nil {
+			return fmt.Errorf("create database %s: %w", db.seedName(), err)
+		}
+		return nil
+	})
+}
+
+// swap puts the loaded database in the place of the old one.
+func (db *database) swap(ctx context.Context) error {
+	return db.withMaintenance(ctx, func(conn *pgx.Conn) error {
+		if _, err := conn.Exec(ctx, "ALTER DATABASE "+quoted(db.base.Database)+" ALLOW_CONNECTIONS false"); err != nil {
+			return err
+		}
+		if err := dropSlots(ctx, conn, db.base.Database); err != nil {
+			return err
+		}
+		for {
+			if _, err := conn.Exec(ctx, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = ANY($1)",
+				[]string{db.base.Database, db.seedName()}); err != nil {
+				return err
+			}
+			err := pgx.BeginFunc(ctx, conn, func(tx pgx.Tx) error {
+				if _, err := tx.Exec(ctx, "ALTER DATABASE "+quoted(db.base.Database)+" RENAME TO "+quoted(db.oldName())); err != nil {
+					return err
+				}
+				_, err := tx.Exec(ctx, "ALTER DATABASE "+quoted(db.seedName())+" RENAME TO "+quoted(db.base.Database))
+				return err
+			})
+			if err == nil {
+				break
+			}
+			if !isCode(err, "55006") || ctx.Err() != nil { // object_in_use: a backend is still on its way out
+				return fmt.Errorf("put the loaded database in place: %w", err)
+			}
+			time.Sleep(20 * time.Millisecond)
+		}
+		if err := dropDatabase(ctx, conn, db.oldName()); err != nil {
+			return err
+		}
+		// Origins belong to the server, not to a database.
+		_, err := conn.Exec(ctx, `SELECT pg_replication_origin_drop(roname) FROM pg_replication_origin
+			WHERE roname LIKE 'quorate\_%' AND roname NOT IN (SELECT slot_name FROM pg_replication_slots)`)
+		return err
+	})
+}
+
+func literal(s string) string { return "'" + pgQuote(s) + "'" }
+
+func pgQuote(s string) string {
+	out := make([]byte, 0, len(s))
+	for i := 0; i < len(s); i++ {
+		if s[i] == '\'' {
+			out = append(out, '\'')
+		}
+		out = append(out, s[i])
+	}
+	return string(out)
+}
+
+// seed replaces the replicated database by an image of a healthy region, under a
+// new incarnation, and returns where in the log it stands. It tries the regions
+// in turn until ctx ends; the old database is kept until the new one is complete.
+func seed(ctx context.Context, cfg *config.Config, db *database, peers *regionClients, clusterID uint64, log *slog.Logger, say func(string)) (paxosgroup.Base, paxosgroup.Incarnation, error) {
+	for attempt := 0; ; attempt++ {
+		for _, r := range cfg.Regions {
+			if r.Name == cfg.Region {
+				continue
+			}
+			// A follower first: the leader has enough to do.
+			base, inc, err := seedFrom(ctx, cfg, db, peers, clusterID, r.Name, attempt%2 == 1, log, say)
+			if err == nil {
+				return base, inc, nil
+			}
+			if ctx.Err() != nil {
+				return base, 0, ctx.Err()
+			}
+			log.Warn("seeding did not succeed", "from", r.Name, "err", err)
+			say(fmt.Sprintf("seeding from %s: %v", r.Name, err))
+		}
+		select {
+		case <-ctx.Done():
+			return paxosgroup.Base{}, 0, ctx.Err()
+		case <-time.After(500 * time.Millisecond):
+		}
+	}
+}
+
+func seedFrom(ctx context.Context, cfg *config.Config, db *database, peers *regionClients, clusterID uint64, region string, leaderToo bool, log *slog.Logger, say func(string)) (base paxosgroup.Base, inc paxosgroup.Incarnation, err error) {
+	conn, err := peers.conn(region)
+	if err != nil {
+		return base, 0, err
+	}
+	if err := db.tidy(ctx); err != nil {
+		return base, 0, err
+	}
+	if err := db.createSeed(ctx); err != nil {
+		return base, 0, err
+	}
+	begun := time.Now()
+	say("loading an image from region " + region)
+	manifest, err := snapshot.Load(ctx, snapshot.LoadConfig{
+		Conn: conn, ConnString: db.dsnOf(db.seedName()), ClusterID: fmt.Sprintf("%016x", clusterID), LeaderToo: leaderToo,
+		BinDir: cfg.Postgres.BinDir, Parallel: cfg.Snapshot.Parallel, ApplicationName: db.name("seeding"), Logger: log,
+	})
+	if err != nil {
+		return base, 0, err
+	}
+	if base, err = paxosgroup.DecodeBase(manifest.Base); err != nil {
+		return base, 0, fmt.Errorf("image of region %s: %w", region, err)
+	}
+	inc = newIncarnation()
+	to, err := db.connectTo(ctx, db.seedName(), "seeding")
+	if err != nil {
+		return base, 0, err
+	}
+	err = db.found(ctx, to, clusterID, cfg.Region, inc, base.Slot)
+	to.Close(context.WithoutCancel(ctx))
+	if err != nil {
+		return base, 0, err
+	}
+	if err := db.swap(ctx); err != nil {
+		return base, 0, err
+	}
+	log.Info("seeded", "from", region, "slot", base.Slot, "incarnation", inc, "took", time.Since(begun))
+	return base, inc, nil
+}
+
+// Open implements snapshot.Source: it exports this region's database at a slot
+// that is known exactly.
+func (s *shard) Open(ctx context.Context, leaderToo bool) (snapshot.Exported, error) {
+	s.mu.Lock()
+	se, settled, leading := s.session, s.settled, !s.proposing.IsZero()
+	s.mu.Unlock()
+	switch {
+	case se == nil:
+		return snapshot.Exported{}, errors.New("this region's database is not connected")
+	case leading && !leaderToo:
+		return snapshot.Exported{}, errors.New("this region leads; a follower's image is preferred")
+	case leading:
+		return se.exportLeader(ctx)
+	case settled:
+		return se.exportFollower(ctx)
+	}
+	return snapshot.Exported{}, errors.New("this region's database is not settled")
+}
+
+// exportFollower exports between two batches of replay, so the image is exactly
+// what was applied.
+func (se *session) exportFollower(ctx context.Context) (snapshot.Exported, error) {
+	se.applying.Lock()
+	defer se.applying.Unlock()
+	se.mu.Lock()
+	slot := se.applied
+	se.mu.Unlock()
+	e, err := se.replay.Export(ctx)
+	if err != nil {
+		return snapshot.Exported{}, err
+	}
+	return se.exported(e.Name, slot, e.Release)
+}
+
+// exportLeader exports the snapshot that the making of a replication slot gives:
+// an exact prefix of the WAL, which an ordinary one is not. It may hold commits
+// that are not effective yet, so it is handed out only when all in it are.
+func (se *session) exportLeader(ctx context.Context) (snapshot.Exported, error) {
+	cfg, err := pgconn.ParseConfig(se.db.dsn)
+	if err != nil {
+		return snapshot.Exported{}, err
+	}
+	cfg.RuntimeParams["replication"] = "database"
+	cfg.RuntimeParams["application_name"] = se.db.name("export")
+	conn, err := pgconn.ConnectConfig(ctx, cfg)
+	if err != nil {
+		return snapshot.Exported{}, fmt.Errorf("connect for an export: %w", err)
+	}
+	release := func() {
+		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+		defer cancel()
+		conn.Close(ctx)
+	}
+	// It waits for every transaction that runs.
+	slotCtx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	made, err := pglogrepl.CreateReplicationSlot(slotCtx, conn, "quorate_export_"+newIncarnation().String(), "pgoutput",
+		pglogrepl.CreateReplicationSlotOptions{Temporary: true, SnapshotAction: "EXPORT_SNAPSHOT"})
+	if err != nil {
+		release()
+		return snapshot.Exported{}, fmt.Errorf("make a slot to export a snapshot (it waits for running transactions): %w", err)
+	}
+	point, err := pglogrepl.ParseLSN(made.ConsistentPoint)
+	if err != nil {
+		release()
+		return snapshot.Exported{}, err
+	}
+	var slot paxosgroup.Slot
+	nudged := make(chan error, 1)
+	go func() {
+		probe, err := se.db.connect(slotCtx, "export")
+		if err == nil {
+			_, err = probe.Exec(slotCtx, "SELECT pg_logical_emit_message(true, $1, 'export')", entry.LocalPrefix)
+			probe.Close(context.WithoutCancel(slotCtx))
+		}
+		nudged <- err
+	}()
+	lost := errors.New("this region lost leadership while it exported")
+	err = se.await(slotCtx, func() bool {
+		if se.proposing.IsZero() {
+			return true
+		}
+		for _, p := range se.pending {
+			if p.commit && p.lsn <= point && p.lsn > se.effectiveLSN {
+				return false
+			}
+		}
+		if se.captured < point {
+			return false
+		}
+		slot = se.term.slot
+		if own, ok := se.own.slotAt(point); ok {
+			slot = max(slot, own)
+		}
+		return true
+	})
+	err = errors.Join(err, <-nudged)
+	if err == nil && slot == 0 {
+		err = lost
+	}
+	if err != nil {
+		release()
+		return snapshot.Exported{}, fmt.Errorf("export: %w", err)
+	}
+	return se.exported(made.SnapshotName, slot, release)
+}
+
+func (se *session) exported(name string, slot paxosgroup.Slot, release func()) (snapshot.Exported, error) {
+	base, err := se.group.BaseAt(slot)
+	if err != nil {
+		release()
+		return snapshot.Exported{}, fmt.Errorf("export at slot %d: %w", slot, err)
+	}
+	return snapshot.Exported{
+		ConnString: se.db.dsn, SnapshotName: name, Slot: uint64(slot), Base: paxosgroup.EncodeBase(base),
+		Incarnation: uint64(se.incarnation), Release: release,
+	}, nil
+}

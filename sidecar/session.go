@@ -1,0 +1,388 @@
+package sidecar
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"golang.org/x/sync/errgroup"
+
+	"quorate/paxosgroup"
+	"quorate/replication/capture"
+	"quorate/replication/catalog"
+	"quorate/replication/entry"
+	"quorate/replication/replay"
+	"quorate/replication/sequence"
+	"quorate/sidecar/admin"
+)
+
+// errReplace ends a session whose database must be replaced by an image.
+var errReplace = errors.New("the database must be replaced")
+
+// endOf returns nil when ctx has ended, since then every error is its echo.
+func endOf(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return nil
+	}
+	return err
+}
+
+// session is one connectedness with the region's PostgreSQL: it opens at its
+// start all connections it will ever need, and ends with the first that breaks.
+// The acceptor, the log and the learner outlive it.
+type session struct {
+	*shard
+	db      *database
+	ctl     *pgx.Conn // roles: fence, settings; used by govern only
+	watch   *pgx.Conn // watchdog
+	samples *pgx.Conn // sequence samples
+	face    *pgx.Conn // what the SQL face shows
+	replay  *replay.Session
+	start   time.Time // of the postmaster
+	flushed entry.LSN // at the session's start
+	looked  bool      // the server was seen to have what it should; under mu
+
+	requests chan request // run by govern
+}
+
+// request is something govern is asked to do; done is closed after it ran.
+type request struct {
+	do   func(ctx context.Context) error
+	done chan error
+}
+
+// runSession returns when the connection to PostgreSQL is lost, when the
+// database must be replaced (errReplace), or when ctx ends (nil).
+func (s *shard) runSession(ctx context.Context, db *database) (err error) {
+	se := &session{shard: s, db: db, requests: make(chan request)}
+	defer se.close()
+	defer func() {
+		s.group.SetElectable(false)
+		s.set(func() {
+			s.proposing, s.settled, s.open = paxosgroup.Ballot{}, false, false
+			s.stream, s.session = nil, nil
+		})
+	}()
+	if err := se.connect(ctx); err != nil {
+		return endOf(ctx, err)
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return se.capture(ctx) })
+	g.Go(func() error { return se.watchdog(ctx) })
+	g.Go(func() error { return se.replayer(ctx) })
+	sampler, err := sequence.NewSampler(ctx, se.samples)
+	if err != nil {
+		return endOf(ctx, err)
+	}
+	g.Go(func() error { return s.sampler(ctx, sampler) })
+	g.Go(func() error { return se.publish(ctx) })
+	g.Go(func() error { return se.govern(ctx) })
+	s.set(func() { s.session = se })
+	err = g.Wait()
+	if errors.Is(err, errReplace) {
+		return err
+	}
+	return err
+}
+
+func (se *session) close() {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+	defer cancel()
+	for _, c := range []*pgx.Conn{se.ctl, se.watch, se.samples, se.face} {
+		if c != nil {
+			c.Close(ctx)
+		}
+	}
+	if se.replay != nil {
+		se.replay.Close()
+	}
+}
+
+// connect opens the connections and looks at where the database stands.
+func (se *session) connect(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	var err error
+	for name, c := range map[string]**pgx.Conn{"control": &se.ctl, "watchdog": &se.watch, "sequences": &se.samples, "status": &se.face} {
+		if *c, err = se.db.connect(ctx, name); err != nil {
+			return err
+		}
+	}
+	if err := se.db.check(ctx, se.ctl); err != nil {
+		return err
+	}
+	if err := se.ctl.QueryRow(ctx, "SELECT pg_postmaster_start_time()").Scan(&se.start); err != nil {
+		return err
+	}
+	state, err := se.db.readState(ctx, se.ctl)
+	if err != nil {
+		return err
+	}
+	if state.incarnation != se.incarnation {
+		return fmt.Errorf("the database is of incarnation %s, not %s: it was replaced while the sidecar ran", state.incarnation, se.incarnation)
+	}
+	// Everything known to be effective must be judged before the database is
+	// compared with it.
+	if err := se.db.requireSlot(ctx, se.ctl, state); err != nil {
+		se.set(func() { se.condemn(err.Error()) })
+		return errReplace
+	}
+	if se.flushed, err = se.db.flushLSN(ctx, se.ctl); err != nil {
+		return err
+	}
+	fence, err := catalog.ReadFence(ctx, se.ctl, mainShard)
+	if err != nil {
+		return err
+	}
+	if se.replay, err = replay.Connect(ctx, replay.Config{
+		ConnString: se.db.dsn, Origin: state.origin(), ApplicationName: se.db.name("replay"),
+		LockTimeout: se.cfg.Replay.LockTimeout, MaxReaderDelay: se.cfg.Replay.MaxReaderDelay,
+		DDL: func(ctx context.Context, conn *pgx.Conn, content []byte) error { return catalog.ReplayDDL(ctx, conn, content) }, Marks: sequence.Apply, Logger: se.log,
+	}); err != nil {
+		return err
+	}
+	se.set(func() {
+		se.opened = state.opened
+		se.open = fence.Open
+		se.settled = false
+		se.state = admin.StateStarting
+		se.health = ""
+		se.applied = paxosgroup.Slot(se.replay.Progress())
+	})
+	return nil
+}
+
+// capture runs streams, one after the other, until ctx ends or one breaks.
+func (se *session) capture(ctx context.Context) error {
+	for {
+		stream, err := capture.Open(ctx, capture.Config{
+			ConnString: se.db.dsn, ReplicationSlot: se.incarnationName(), Publication: catalog.DefaultPublication,
+			ApplicationName: se.cfg.Postgres.ApplicationName, FragmentBytesMax: int(se.cfg.Capture.FragmentBytesMax),
+			Handler: se, Logger: se.log,
+		})
+		if err != nil {
+			return endOf(ctx, fmt.Errorf("capture: %w", err))
+		}
+		se.startOver(stream)
+		streamCtx, stop := context.WithCancel(ctx)
+		g, streamCtx := errgroup.WithContext(streamCtx)
+		g.Go(func() error { return stream.Run(streamCtx) })
+		g.Go(func() error {
+			defer stop()
+			return endOf(streamCtx, se.await(streamCtx, func() bool { return !se.restart.IsZero() }))
+		})
+		err = g.Wait()
+		stop()
+		if ctx.Err() != nil {
+			return nil
+		}
+		se.mu.Lock()
+		again := !se.restart.IsZero()
+		se.mu.Unlock()
+		if !again {
+			if err == nil {
+				err = errors.New("the stream ended")
+			}
+			return fmt.Errorf("capture: %w", err)
+		}
+	}
+}
+
+func (s *shard) incarnationName() string { return instanceName(s.incarnation) }
+
+// watchdog ends the session when the server does not answer, restarts, or is no
+// longer set up so that COMMIT waits for us.
+func (se *session) watchdog(ctx context.Context) error {
+	tick := time.NewTicker(500 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+		queryCtx, cancel := context.WithTimeout(ctx, 2*time.Second)
+		var start time.Time
+		var names string
+		err := se.watch.QueryRow(queryCtx, "SELECT pg_postmaster_start_time(), current_setting('synchronous_standby_names')").Scan(&start, &names)
+		cancel()
+		switch {
+		case ctx.Err() != nil:
+			return nil
+		case err != nil:
+			return fmt.Errorf("PostgreSQL does not answer: %w", err)
+		case !start.Equal(se.start):
+			return errors.New("PostgreSQL was restarted")
+		}
+		se.mu.Lock()
+		synchronous, ours := se.synchronous, names == se.db.standbyNames()
+		se.mu.Unlock()
+		if synchronous && !ours {
+			// Whatever commits now is not waited for: no more writes first.
+			se.mu.Lock()
+			b := se.term.ballot
+			se.mu.Unlock()
+			if err := catalog.CloseFence(ctx, se.watch, mainShard, int64(b.Counter), int64(b.Replica), closeWait); err != nil {
+				se.log.Error("close the fence", "err", err)
+			}
+			return fmt.Errorf("synchronous_standby_names was changed to %q: commits no longer wait for a quorum of regions; it is set back", names)
+		}
+	}
+}
+
+// replayer applies foreign entries in log order, and counts what needs no
+// applying: own entries are in this database already, and no-ops, void entries,
+// openings, configurations and fragments write nothing.
+func (se *session) replayer(ctx context.Context) error {
+	next := paxosgroup.Slot(se.replay.Progress()) + 1
+	for {
+		if err := se.await(ctx, func() bool { return se.learned >= next }); err != nil {
+			return nil
+		}
+		batch, err := se.group.Read(next, int(se.cfg.Replay.BatchBytesMax))
+		if err != nil {
+			return fmt.Errorf("replay: read slot %d: %w", next, err)
+		}
+		var work []replay.Transaction
+		for _, d := range batch {
+			se.mu.Lock()
+			learned := se.learned
+			se.mu.Unlock()
+			if d.Slot > learned {
+				break // chosen, but its term is not judged by the learner yet
+			}
+			next = d.Slot + 1
+			tx, err := se.transaction(d)
+			if err != nil {
+				return err
+			}
+			if tx != nil {
+				work = append(work, *tx)
+			}
+		}
+		if len(work) > 0 {
+			if err := se.await(ctx, func() bool { return se.settled }); err != nil {
+				return nil
+			}
+			if err := se.apply(ctx, work); err != nil {
+				return endOf(ctx, err)
+			}
+		}
+		se.set(func() { se.applied = next - 1 })
+		se.group.SetApplied(next - 1)
+	}
+}
+
+// apply commits a batch to the database.
+func (se *session) apply(ctx context.Context, work []replay.Transaction) error {
+	begun := time.Now()
+	se.applying.Lock()
+	defer se.applying.Unlock()
+	if err := se.replay.Apply(ctx, work); err != nil {
+		var conflict *replay.ConflictError
+		if errors.As(err, &conflict) {
+			se.set(func() { se.health = err.Error() })
+			se.log.Error("replay stopped: this database does not hold what the log says", "slot", conflict.Slot, "err", err)
+		}
+		return fmt.Errorf("replay: %w", err)
+	}
+	se.traceApply(work, begun, time.Now())
+	se.metrics.applied.Add(float64(len(work)))
+	return nil
+}
+
+// transaction returns what replay has to do for an entry, or nil.
+func (se *session) transaction(d paxosgroup.Delivered) (*replay.Transaction, error) {
+	if d.Verdict != paxosgroup.Effective || d.Entry.Kind != paxosgroup.KindData || d.Entry.Incarnation == se.incarnation {
+		return nil, nil
+	}
+	p, err := entry.Decode(d.Entry.Payload)
+	if err != nil {
+		return nil, fmt.Errorf("slot %d: %w", d.Slot, err)
+	}
+	if p.Type == entry.TypeFragment {
+		return nil, nil
+	}
+	tx := &replay.Transaction{Slot: uint64(d.Slot), CommitTime: p.Header.CommitTime, Payload: p}
+	if p.Type == entry.TypeCommit {
+		tx.Fragments = func(yield func(body []byte) error) error {
+			return fragments(se.group, d, p, yield)
+		}
+	}
+	return tx, nil
+}
+
+// logReader is what fragments needs of a group.
+type logReader interface {
+	Read(from paxosgroup.Slot, maxBytes int) ([]paxosgroup.Delivered, error)
+}
+
+// fragments yields the bodies of a large transaction in order, reading them back
+// from the log: they stand before their commit entry, in the same term.
+func fragments(log logReader, commit paxosgroup.Delivered, c entry.Payload, yield func(body []byte) error) error {
+	ours := func(d paxosgroup.Delivered) (entry.Payload, bool, error) {
+		if d.Entry.Kind != paxosgroup.KindData || d.Verdict != paxosgroup.Effective ||
+			d.Entry.Incarnation != commit.Entry.Incarnation || d.Entry.Term != commit.Entry.Term {
+			return entry.Payload{}, false, nil
+		}
+		p, err := entry.Decode(d.Entry.Payload)
+		if err != nil {
+			return p, false, fmt.Errorf("slot %d: %w", d.Slot, err)
+		}
+		return p, p.Type == entry.TypeFragment && p.Header.Xid == c.Header.Xid && p.Attempt == c.Attempt, nil
+	}
+	// Walk back to the first fragment. Numbers within a term are dense and other
+	// entries are few, so it is near the commit's slot less the count.
+	count := paxosgroup.Slot(c.Fragment)
+	first := commit.Slot - min(count, commit.Slot-1)
+	for {
+		ds, err := log.Read(first, 1)
+		if err != nil {
+			return fmt.Errorf("fragments of slot %d: %w", commit.Slot, err)
+		}
+		p, is, err := ours(ds[0])
+		if err != nil {
+			return err
+		}
+		if is && p.Fragment == 1 {
+			break
+		}
+		if first == 1 || is && p.Fragment == 0 {
+			return fmt.Errorf("fragments of slot %d: the first of %d is not in the log", commit.Slot, c.Fragment)
+		}
+		first--
+	}
+	next := uint32(1)
+	for slot := first; slot < commit.Slot; {
+		ds, err := log.Read(slot, 4<<20)
+		if err != nil {
+			return fmt.Errorf("fragments of slot %d: %w", commit.Slot, err)
+		}
+		for _, d := range ds {
+			if d.Slot >= commit.Slot {
+				break
+			}
+			slot = d.Slot + 1
+			p, is, err := ours(d)
+			if err != nil {
+				return err
+			}
+			if !is {
+				continue
+			}
+			if p.Fragment != next {
+				return fmt.Errorf("fragments of slot %d: slot %d holds fragment %d instead of %d", commit.Slot, d.Slot, p.Fragment, next)
+			}
+			next++
+			if err := yield(p.Body); err != nil {
+				return err
+			}
+		}
+	}
+	if next-1 != c.Fragment {
+		return fmt.Errorf("fragments of slot %d: %d of %d are in the log", commit.Slot, next-1, c.Fragment)
+	}
+	return nil
+}

@@ -1,0 +1,540 @@
+package sidecar
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"quorate/paxosgroup"
+	"quorate/paxosgroup/runner"
+	"quorate/replication/capture"
+	"quorate/replication/entry"
+	"quorate/replication/sequence"
+	"quorate/sidecar/admin"
+	"quorate/sidecar/config"
+	"quorate/tracing"
+)
+
+// The one shard there is so far, and its group.
+const (
+	mainShard                    = "main"
+	mainGroup paxosgroup.GroupID = 1
+)
+
+// shard is the life of one shard's database in this region. Its goroutines:
+//
+//	learn    walks the log once, in order, as it is chosen: terms, own effective commits
+//	replayer applies foreign entries to the database
+//	sampler  covers positions by sequence marks
+//	govern   moves the database between its roles, and runs all SQL of that
+//
+// and, while the database is up, capture, whose handler this type is. What they
+// share lies under mu; whoever changes it calls notify, whoever waits for it
+// uses await.
+type shard struct {
+	cfg     *config.Config
+	log     *slog.Logger
+	group   *runner.Group
+	tracer  *tracing.Tracer
+	metrics *metrics
+
+	clusterID uint64
+	others    *backend // asks the other regions
+
+	mu      sync.Mutex
+	changed chan struct{}
+
+	// What the log says, as far as it was learned.
+	learned      paxosgroup.Slot
+	term         termInfo          // the current effective term
+	lastForeign  paxosgroup.Ballot // term of the last effective opening of another incarnation than ours
+	effectiveLSN entry.LSN         // every own commit ending at or below it is effective
+	own          ownCommits        // own effective commits, to recognise redelivered ones
+	chosenAt     slotTimes         // when slots became chosen here, to tell lag in time
+
+	// What the database is.
+	incarnation paxosgroup.Incarnation
+	state       string // an admin.State constant
+	health      string // why it cannot go on; empty: it can
+	applied     paxosgroup.Slot
+	open        bool              // the fence is open
+	opened      opening           // the last time it was opened after another region's term
+	proposing   paxosgroup.Ballot // term in which captured commits are proposed; zero: none
+	settled     bool              // nothing local is left that could still commit or be divergent
+	divergent   string            // why this database must be replaced; empty: it need not
+
+	session     *session   // with PostgreSQL, if connected
+	synchronous bool       // COMMIT was seen to wait for us
+	applying    sync.Mutex // held while a batch is applied, and by whoever must see the database between two
+
+	// What capture handed over and PostgreSQL was not yet told.
+	stream     *capture.Stream
+	captured   entry.LSN // everything up to here was handed over
+	pending    []pendingPosition
+	confirmed  entry.LSN
+	held       bool              // confirm nothing: a proof is under way
+	unproposed bool              // commits were captured that nobody proposed
+	restart    paxosgroup.Ballot // the stream is to start over and propose in this term
+
+	// Sequence coverage of positions: pending positions carry the number of
+	// their arrival, and those up to covered need no further sample.
+	arrivals  uint64
+	covered   uint64
+	sequences bool // there are sequences to be covered
+	tracker   *sequence.Tracker
+}
+
+// termInfo is the current term.
+type termInfo struct {
+	ballot      paxosgroup.Ballot
+	region      string
+	incarnation paxosgroup.Incarnation
+	slot        paxosgroup.Slot // of its opening
+}
+
+// opening is a time the fence opened after another region's term, or for the
+// first time. It is kept in the database, flushed before the fence opens.
+type opening struct {
+	term    paxosgroup.Ballot
+	horizon uint64 // the next xid then: commits of lower ones are divergent
+}
+
+// pendingPosition is a position of the WAL that is not confirmed yet.
+type pendingPosition struct {
+	lsn     entry.LSN
+	commit  bool // a commit that must be effective; else only what precedes it must
+	arrival uint64
+	header  entry.Header // of commits
+	checked bool         // recognised as the commit the log holds
+	at      time.Time
+}
+
+func newShard(cfg *config.Config, group *runner.Group, tracer *tracing.Tracer, m *metrics, log *slog.Logger) *shard {
+	return &shard{
+		cfg: cfg, group: group, tracer: tracer, metrics: m, log: log.With("shard", mainShard),
+		changed: make(chan struct{}), state: admin.StateStarting,
+	}
+}
+
+// notify wakes everyone in await. The caller holds mu.
+func (s *shard) notify() {
+	close(s.changed)
+	s.changed = make(chan struct{})
+}
+
+// await returns when ok does, called under mu, or when ctx ends.
+func (s *shard) await(ctx context.Context, ok func() bool) error {
+	for {
+		s.mu.Lock()
+		done, changed := ok(), s.changed
+		s.mu.Unlock()
+		if done {
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+func (s *shard) set(f func()) {
+	s.mu.Lock()
+	f()
+	s.notify()
+	s.mu.Unlock()
+}
+
+// learn walks the log in order until ctx ends.
+func (s *shard) learn(ctx context.Context, from paxosgroup.Slot) error {
+	next := from
+	for {
+		chosen, moved := s.group.Chosen()
+		if next > chosen {
+			select {
+			case <-moved:
+				continue
+			case <-ctx.Done():
+				return nil
+			}
+		}
+		batch, err := s.group.Read(next, 4<<20)
+		if err != nil {
+			return fmt.Errorf("learn from slot %d: %w", next, err)
+		}
+		s.mu.Lock()
+		for i := range batch {
+			if batch[i].Slot != next {
+				s.mu.Unlock()
+				return fmt.Errorf("learn: the log gave slot %d instead of %d", batch[i].Slot, next)
+			}
+			if err := s.learnOne(&batch[i]); err != nil {
+				s.mu.Unlock()
+				return err
+			}
+			next++
+		}
+		s.chosenAt.add(next-1, time.Now())
+		s.confirm()
+		s.notify()
+		s.mu.Unlock()
+	}
+}
+
+// learnOne takes note of one entry. The caller holds mu.
+func (s *shard) learnOne(d *paxosgroup.Delivered) error {
+	s.learned = d.Slot
+	if d.Verdict != paxosgroup.Effective {
+		return nil
+	}
+	switch d.Entry.Kind {
+	case paxosgroup.KindOpening:
+		s.term = termInfo{ballot: d.Entry.Term, region: d.Entry.Region, incarnation: d.Entry.Incarnation, slot: d.Slot}
+		if d.Entry.Incarnation != s.incarnation {
+			s.lastForeign = d.Entry.Term
+			s.proposing = paxosgroup.Ballot{}
+		}
+	case paxosgroup.KindData:
+		p, err := entry.Decode(d.Entry.Payload)
+		if err != nil {
+			return fmt.Errorf("slot %d: %w", d.Slot, err)
+		}
+		if p.Type == entry.TypeMarks {
+			if s.tracker != nil && d.Entry.Incarnation == s.incarnation {
+				s.tracker.Chosen(p.Marks)
+			}
+			return nil
+		}
+		if d.Entry.Incarnation != s.incarnation || p.Type == entry.TypeFragment {
+			return nil
+		}
+		if p.Header.EndLSN <= s.effectiveLSN {
+			panic(fmt.Sprintf("slot %d: own commit at %s is effective after that at %s", d.Slot, p.Header.EndLSN, s.effectiveLSN))
+		}
+		s.effectiveLSN = p.Header.EndLSN
+		s.own.add(d.Slot, p.Header)
+	}
+	return nil
+}
+
+// confirm makes everything pending that can be confirmed known to PostgreSQL.
+// The caller holds mu.
+func (s *shard) confirm() {
+	if s.held || s.stream == nil {
+		return
+	}
+	var to entry.LSN
+	n := 0
+	for ; n < len(s.pending); n++ {
+		p := &s.pending[n]
+		if p.commit {
+			if p.lsn > s.effectiveLSN {
+				break
+			}
+			if !p.checked && !s.own.matches(p.header) {
+				s.condemn(fmt.Sprintf("the commit of transaction %d at %s is not the one that the log holds there: the server was restored or replaced", p.header.Xid, p.lsn))
+				break
+			}
+			p.checked = true
+		}
+		if p.arrival > s.covered && s.sequences {
+			break
+		}
+		to = p.lsn
+	}
+	if n == 0 {
+		return
+	}
+	now := time.Now()
+	for i := range s.pending[:n] {
+		if p := &s.pending[i]; p.commit {
+			s.metrics.commitSeconds.Observe(now.Sub(p.at).Seconds())
+		}
+	}
+	s.pending = append(s.pending[:0], s.pending[n:]...)
+	if to > s.confirmed {
+		s.confirmed = to
+		s.stream.Confirm(to)
+	}
+}
+
+// condemn marks this database as one that must be replaced. The caller holds mu.
+func (s *shard) condemn(why string) {
+	if s.divergent == "" {
+		s.divergent = why
+		s.log.Error("this database must be replaced", "why", why)
+		s.notify()
+	}
+}
+
+// lineage reports whether no other region's opening is effective since the fence
+// was last opened, so that local commits may still become effective: in a term
+// this region opens anew. The caller holds mu.
+func (s *shard) lineage() bool {
+	return !s.opened.term.IsZero() && s.lastForeign.Less(s.opened.term)
+}
+
+// unresolved counts captured commits that are not effective. The caller holds mu.
+func (s *shard) unresolved() int {
+	n := 0
+	for i := range s.pending {
+		if s.pending[i].commit && s.pending[i].lsn > s.effectiveLSN {
+			n++
+		}
+	}
+	return n
+}
+
+// Begin implements capture.Handler.
+func (s *shard) Begin(b capture.Begin) capture.Disposition {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.proposing.IsZero() || b.CommitLSN < s.effectiveLSN || s.unproposed {
+		return capture.Digest
+	}
+	if b.Xid < s.opened.horizon {
+		s.condemn(fmt.Sprintf("transaction %d began before another region led and committed after it", b.Xid))
+		return capture.Digest
+	}
+	return capture.Propose
+}
+
+// Entry implements capture.Handler: it proposes a payload of a commit.
+func (s *shard) Entry(ctx context.Context, p entry.Payload) error {
+	s.mu.Lock()
+	term := s.proposing
+	s.mu.Unlock()
+	// In this term and no other: if leadership was lost and won between, it is
+	// for settle and promote to say whether this commit has a place in the new
+	// term.
+	_, err := s.group.Propose(ctx, term, p.Append(nil))
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if p.Type != entry.TypeFragment {
+		s.addPending(pendingPosition{lsn: p.Header.EndLSN, commit: true, header: p.Header, at: time.Now()})
+	}
+	if err != nil {
+		if ctx.Err() != nil || !errors.Is(err, paxosgroup.ErrNotLeader) {
+			return err
+		}
+		// Captured, but in no proposal: the stream starts over when this region
+		// opens another term without a foreign one between.
+		s.unproposed = true
+		if s.proposing == term {
+			s.proposing = paxosgroup.Ballot{}
+		}
+		s.notify()
+		return nil
+	}
+	s.confirm()
+	return nil
+}
+
+// Digest implements capture.Handler: a commit that is not proposed, either since
+// the log holds it already or since this region may not propose it now.
+func (s *shard) Digest(_ context.Context, h entry.Header) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if h.EndLSN > s.effectiveLSN {
+		s.unproposed = true
+	}
+	s.addPending(pendingPosition{lsn: h.EndLSN, commit: true, header: h, at: time.Now()})
+	s.confirm()
+	return nil
+}
+
+// Position implements capture.Handler.
+func (s *shard) Position(_ context.Context, lsn entry.LSN) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.addPending(pendingPosition{lsn: lsn, at: time.Now()})
+	s.confirm()
+	return nil
+}
+
+// addPending appends a position. The caller holds mu.
+func (s *shard) addPending(p pendingPosition) {
+	s.arrivals++
+	p.arrival = s.arrivals
+	if last := len(s.pending) - 1; !p.commit && last >= 0 && !s.pending[last].commit {
+		s.pending[last].lsn, s.pending[last].arrival = max(p.lsn, s.pending[last].lsn), p.arrival
+	} else {
+		s.pending = append(s.pending, p)
+	}
+	if p.lsn > s.captured {
+		s.captured = p.lsn
+	}
+	s.notify()
+}
+
+// startOver forgets what capture handed over: the new stream hands over again
+// everything that was not confirmed.
+func (s *shard) startOver(stream *capture.Stream) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.stream = stream
+	s.pending = s.pending[:0]
+	s.captured = 0
+	s.confirmed = 0
+	s.unproposed = false
+	if !s.restart.IsZero() {
+		s.proposing, s.restart = s.restart, paxosgroup.Ballot{}
+	}
+	s.notify()
+}
+
+// sampler covers pending positions by sequence samples: a position is confirmed
+// only when a chosen mark covers a sample taken after the position arrived. One
+// sample serves all positions that wait for one.
+func (s *shard) sampler(ctx context.Context, sampler *sequence.Sampler) error {
+	for {
+		var upTo uint64
+		var term paxosgroup.Ballot
+		err := s.await(ctx, func() bool {
+			upTo, term = s.arrivals, s.proposing
+			return s.sequences && len(s.pending) > 0 && s.covered < upTo
+		})
+		if err != nil {
+			return nil
+		}
+		if term.IsZero() {
+			// Not leading: no client of ours is handed values that another
+			// region must know, and nothing can be proposed.
+			s.cover(upTo)
+			continue
+		}
+		sample, err := sampler.Sample(ctx)
+		if err != nil {
+			return endOf(ctx, fmt.Errorf("sample sequences: %w", err))
+		}
+		s.mu.Lock()
+		marks := s.tracker.Need(sample)
+		s.mu.Unlock()
+		if len(marks) > 0 {
+			p := entry.Payload{Type: entry.TypeMarks, Marks: marks}
+			if _, err := s.group.Propose(ctx, term, p.Append(nil)); err != nil {
+				if !errors.Is(err, paxosgroup.ErrNotLeader) {
+					return endOf(ctx, fmt.Errorf("propose sequence marks: %w", err))
+				}
+				if err := s.await(ctx, func() bool { return s.proposing != term }); err != nil {
+					return nil
+				}
+				continue
+			}
+			err := s.await(ctx, func() bool { return s.tracker.Covered(sample) || s.proposing != term })
+			if err != nil {
+				return nil
+			}
+		}
+		s.cover(upTo)
+	}
+}
+
+func (s *shard) cover(upTo uint64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.covered = max(s.covered, upTo)
+	s.confirm()
+	s.notify()
+}
+
+// ownCommits remembers own effective commits, so that a redelivered one is
+// recognised by content. It holds the newest ownCommitsMax.
+type ownCommits struct {
+	ring  []ownCommit
+	start int
+}
+
+type ownCommit struct {
+	slot   paxosgroup.Slot
+	header entry.Header
+}
+
+const ownCommitsMax = 1 << 19
+
+func (o *ownCommits) add(slot paxosgroup.Slot, h entry.Header) {
+	c := ownCommit{slot: slot, header: h}
+	if len(o.ring) < ownCommitsMax {
+		o.ring = append(o.ring, c)
+		return
+	}
+	o.ring[o.start] = c
+	o.start = (o.start + 1) % len(o.ring)
+}
+
+func (o *ownCommits) at(i int) *ownCommit { return &o.ring[(o.start+i)%len(o.ring)] }
+
+// search returns the index of the first commit that ends at or above lsn.
+func (o *ownCommits) search(lsn entry.LSN) int {
+	lo, hi := 0, len(o.ring)
+	for lo < hi {
+		mid := (lo + hi) / 2
+		if o.at(mid).header.EndLSN < lsn {
+			lo = mid + 1
+		} else {
+			hi = mid
+		}
+	}
+	return lo
+}
+
+// matches reports whether the log holds exactly this commit. One older than the
+// oldest remembered is taken as known by its position.
+func (o *ownCommits) matches(h entry.Header) bool {
+	i := o.search(h.EndLSN)
+	if i == 0 && len(o.ring) == ownCommitsMax && h.EndLSN < o.at(0).header.EndLSN {
+		return true
+	}
+	if i == len(o.ring) {
+		return false
+	}
+	c := o.at(i)
+	return c.header.EndLSN == h.EndLSN && c.header.Same(h)
+}
+
+// slotAt returns the slot of the last own commit that ends at or below lsn.
+func (o *ownCommits) slotAt(lsn entry.LSN) (paxosgroup.Slot, bool) {
+	i := o.search(lsn + 1)
+	if i == 0 {
+		return 0, false
+	}
+	return o.at(i - 1).slot, true
+}
+
+// slotTimes remembers when slots became chosen here, coarsely, for as long as
+// the lag of a region is worth telling.
+type slotTimes struct {
+	slots []paxosgroup.Slot
+	times []time.Time
+}
+
+const slotTimesMax = 4096
+
+func (t *slotTimes) add(slot paxosgroup.Slot, now time.Time) {
+	if n := len(t.times); n > 0 && now.Sub(t.times[n-1]) < 100*time.Millisecond {
+		return // the older time is the one that bounds the lag
+	}
+	if len(t.slots) == slotTimesMax {
+		t.slots = append(t.slots[:0], t.slots[slotTimesMax/2:]...)
+		t.times = append(t.times[:0], t.times[slotTimesMax/2:]...)
+	}
+	t.slots = append(t.slots, slot)
+	t.times = append(t.times, now)
+}
+
+// lag tells for how long the slot after applied has been chosen.
+func (t *slotTimes) lag(applied, learned paxosgroup.Slot, now time.Time) time.Duration {
+	if applied >= learned {
+		return 0
+	}
+	for i, s := range t.slots {
+		if s > applied {
+			return now.Sub(t.times[i])
+		}
+	}
+	return 0
+}

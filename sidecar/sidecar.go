@@ -1,0 +1,470 @@
+package sidecar
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+
+	"quorate/paxosgroup"
+	"quorate/paxosgroup/peer"
+	"quorate/paxosgroup/runner"
+	"quorate/paxosgroup/slotlog"
+	"quorate/replication/catalog"
+	"quorate/sidecar/admin"
+	"quorate/sidecar/config"
+	"quorate/sidecar/sidecarpb"
+	"quorate/snapshot"
+	"quorate/tracing"
+)
+
+// reconnectBackoff is short, for a healed link should serve at once.
+var reconnectBackoff = backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 500 * time.Millisecond}
+
+// Run is a sidecar's life: it returns nil when ctx ends, else why it cannot go on.
+func Run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
+	log = log.With("region", cfg.Region)
+	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
+		return fmt.Errorf("data_dir: %w", err)
+	}
+	id, err := loadIdentity(cfg.DataDir)
+	if err != nil {
+		return err
+	}
+	if id != nil && (id.Cluster != cfg.Cluster || id.Region != cfg.Region) {
+		return fmt.Errorf("data_dir %s belongs to region %s of cluster %s, the configuration names region %s of cluster %s", cfg.DataDir, id.Region, id.Cluster, cfg.Region, cfg.Cluster)
+	}
+	slots, restored, err := slotlog.Open(slotlog.Config{Dir: cfg.Log.Dir, SegmentBytes: int64(cfg.Log.SegmentBytes), Logger: log})
+	if err != nil {
+		return fmt.Errorf("log: %w", err)
+	}
+	defer func() { slots.Close() }()
+	if _, has := restored[mainGroup]; has && id == nil {
+		return fmt.Errorf("log.dir %s holds a log, but %s has no %s: they belong together; if the identity is lost, move both away and start again: the region then joins as a new replica", cfg.Log.Dir, cfg.DataDir, identityFile)
+	}
+	db, err := newDatabase(&cfg, log)
+	if err != nil {
+		return err
+	}
+	defer db.close()
+	peers := newRegionClients(&cfg)
+	defer peers.close()
+
+	back := &backend{cfg: &cfg, peers: peers, version: admin.Build(), last: map[string]admin.RegionStatus{}}
+	back.say("starting")
+	first := newFirstLook(db)
+	member := newMembership(&cfg, id, peers, log, first.state)
+
+	registry := prometheus.NewRegistry()
+	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	adminServer, err := admin.NewServer(admin.Config{Address: cfg.Listen.Admin, Backend: back, Gatherer: registry, Logger: log})
+	if err != nil {
+		return err
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return adminServer.Run(ctx) })
+	g.Go(func() error {
+		id, err := enter(ctx, &cfg, member, first, back.say)
+		if err != nil {
+			return endOf(ctx, err)
+		}
+		if id.Life == sidecarpb.Life_LIFE_JOINING {
+			if slots, restored, err = join(ctx, &cfg, &id, member, slots, db, peers, back.say, log); err != nil {
+				return endOf(ctx, err)
+			}
+		}
+		return takePart(ctx, &cfg, id, member, back, db, peers, slots, restored, registry, log)
+	})
+	return g.Wait()
+}
+
+// serve answers other sidecars at listen.peer until ctx ends.
+func serve(ctx context.Context, cfg *config.Config, register func(*grpc.Server)) error {
+	server := grpc.NewServer(peer.ServerOptions()...)
+	register(server)
+	listener, err := net.Listen("tcp", cfg.Listen.Peer)
+	if err != nil {
+		return fmt.Errorf("listen.peer: %w: another process has the address, or it is not this machine's", err)
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error {
+		if err := server.Serve(listener); err != nil && ctx.Err() == nil {
+			return fmt.Errorf("listen.peer: %w", err)
+		}
+		return nil
+	})
+	g.Go(func() error {
+		<-ctx.Done()
+		server.Stop()
+		return nil
+	})
+	return g.Wait()
+}
+
+// enter returns this sidecar's identity once it has one. Meanwhile it answers
+// who it is and nothing else.
+func enter(ctx context.Context, cfg *config.Config, member *membership, first *firstLook, say func(string)) (id identity, err error) {
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error {
+		return serve(ctx, cfg, func(server *grpc.Server) { sidecarpb.RegisterClusterServer(server, member) })
+	})
+	g.Go(func() error { return first.run(ctx) })
+	g.Go(func() error {
+		defer stop()
+		var err error
+		id, err = member.await(ctx, say)
+		return err
+	})
+	err = g.Wait()
+	return id, err
+}
+
+// join gives a sidecar that lost its disk an image of the database, and a log
+// that starts where the image stands.
+func join(ctx context.Context, cfg *config.Config, id *identity, member *membership, slots *slotlog.Log, db *database, peers *regionClients, say func(string), log *slog.Logger) (*slotlog.Log, map[paxosgroup.GroupID]paxosgroup.Restored, error) {
+	base, _, err := seed(ctx, cfg, db, peers, id.ClusterID, log, say)
+	if err != nil {
+		return slots, nil, err
+	}
+	if err := startLog(slots, base); err != nil {
+		return slots, nil, err
+	}
+	if err := slots.Close(); err != nil {
+		return slots, nil, fmt.Errorf("log: %w", err)
+	}
+	slots, restored, err := slotlog.Open(slotlog.Config{Dir: cfg.Log.Dir, SegmentBytes: int64(cfg.Log.SegmentBytes), Logger: log})
+	if err != nil {
+		return slots, nil, fmt.Errorf("log: %w", err)
+	}
+	id.Life = sidecarpb.Life_LIFE_MEMBER
+	return slots, restored, member.store(*id)
+}
+
+// startLog makes the group's log begin at a base, durably.
+func startLog(slots *slotlog.Log, base paxosgroup.Base) error {
+	flushed := make(chan error, 1)
+	slots.Append(mainGroup, []paxosgroup.Record{{Kind: paxosgroup.RecordBase, Base: &base}}, func(err error) { flushed <- err })
+	if err := <-flushed; err != nil {
+		return fmt.Errorf("log: %w", err)
+	}
+	return nil
+}
+
+// takePart runs the consensus group and the database of a member.
+func takePart(ctx context.Context, cfg *config.Config, id identity, member *membership, back *backend, db *database, peers *regionClients,
+	slots *slotlog.Log, restored map[paxosgroup.GroupID]paxosgroup.Restored, registry *prometheus.Registry, log *slog.Logger) error {
+	state, has := restored[mainGroup]
+	if !has {
+		m, err := paxosgroup.DecodeMembership(id.Membership)
+		if err != nil {
+			return fmt.Errorf("%s: %w", identityFile, err)
+		}
+		state.Base.Membership = m
+		if err := startLog(slots, state.Base); err != nil {
+			return err
+		}
+	}
+	tracer, err := tracing.New(ctx, tracing.Config{
+		URL: cfg.Tracing.OTLP, ClusterID: fmt.Sprintf("%016x", id.ClusterID), Region: cfg.Region, SampleRatio: cfg.Tracing.SampleRatio, Logger: log,
+	})
+	if err != nil {
+		return err
+	}
+	defer func() {
+		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+		defer cancel()
+		tracer.Shutdown(ctx)
+	}()
+
+	var run *runner.Runner
+	transport, err := peer.New(peer.Config{
+		ClusterID: fmt.Sprintf("%016x", id.ClusterID), Self: id.ReplicaID, Logger: log,
+		Deliver: func(from paxosgroup.ReplicaID, batch []peer.GroupMessage) { run.Deliver(from, batch) },
+	})
+	if err != nil {
+		return err
+	}
+	run, err = runner.New(runner.Config{
+		Log: slots, Transport: transport, Logger: log,
+		Groups: []runner.GroupConfig{{
+			Core: paxosgroup.Config{
+				Group: mainGroup, ID: id.ReplicaID, Region: cfg.Region,
+				HeartbeatInterval: cfg.Consensus.HeartbeatInterval, ElectionTimeoutMin: cfg.Consensus.ElectionTimeoutMin,
+				LeaseDuration: cfg.Consensus.LeaseDuration, ClockDriftPPMMax: cfg.Consensus.ClockDriftPPMMax,
+				WindowSlotsMax: cfg.Consensus.WindowSlotsMax, WindowBytesMax: int(cfg.Consensus.WindowBytesMax),
+				PreferredRegion: cfg.PreferredLeader, Seed: uint64(newIncarnation()), RestartedWithState: has,
+			},
+			Restored: state,
+		}},
+	})
+	if err != nil {
+		return err
+	}
+	group := run.Group(mainGroup)
+	// Not before its database is known to be able to lead.
+	group.SetElectable(false)
+
+	m := newMetrics(registry)
+	m.watch(registry, slots, group)
+	s := newShard(cfg, group, tracer, m, log)
+	s.clusterID, s.others = id.ClusterID, back
+	images := snapshot.NewServer(snapshot.ServerConfig{Source: s, ClusterID: fmt.Sprintf("%016x", id.ClusterID), BinDir: cfg.Postgres.BinDir, Logger: log})
+	back.run(s, id)
+	member.serve(s)
+
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error {
+		return serve(ctx, cfg, func(server *grpc.Server) {
+			sidecarpb.RegisterClusterServer(server, member)
+			transport.Register(server)
+			images.Register(server)
+		})
+	})
+	g.Go(func() error { return run.Run(ctx) })
+	g.Go(func() error { return transport.Run(ctx) })
+	g.Go(func() error { return followMembership(ctx, cfg, group, transport) })
+	g.Go(func() error { return s.admit(ctx) })
+	g.Go(func() error { return s.live(ctx, db, member) })
+	if cfg.Feed.Enabled {
+		g.Go(func() error { return s.runFeed(ctx) })
+	}
+	return g.Wait()
+}
+
+// followMembership tells the transport where the group's members are.
+func followMembership(ctx context.Context, cfg *config.Config, group *runner.Group, transport *peer.Transport) error {
+	addresses := map[string]string{}
+	for _, r := range cfg.Regions {
+		addresses[r.Name] = r.Peer
+	}
+	for {
+		changed := group.StatusChanged()
+		members := map[paxosgroup.ReplicaID]string{}
+		st := group.Status()
+		for _, m := range st.Membership.Members {
+			if addr, ok := addresses[m.Region]; ok && m.ID != st.ID {
+				members[m.ID] = addr
+			}
+		}
+		transport.SetPeers(members)
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// live is the succession of incarnations of this region's database.
+func (s *shard) live(ctx context.Context, db *database, member *membership) error {
+	for ctx.Err() == nil {
+		inc, err := s.begin(ctx, db, member)
+		if err == nil {
+			err = s.incarnate(ctx, db, inc)
+		}
+		if ctx.Err() != nil {
+			return nil
+		}
+		if errors.Is(err, errReplace) {
+			err = s.replace(ctx, db)
+		}
+		if err != nil && ctx.Err() == nil {
+			s.fail(err)
+			select {
+			case <-ctx.Done():
+			case <-time.After(500 * time.Millisecond):
+			}
+		}
+	}
+	return nil
+}
+
+// fail says what is wrong where operators look.
+func (s *shard) fail(err error) {
+	s.log.Error("the database is not served", "err", err)
+	s.set(func() { s.state, s.health = admin.StateStopped, err.Error() })
+}
+
+// replace seeds this region anew.
+func (s *shard) replace(ctx context.Context, db *database) error {
+	s.group.SetElectable(false)
+	s.set(func() { s.state, s.health = admin.StateSeeding, "" })
+	_, _, err := seed(ctx, s.cfg, db, s.others.peers, s.clusterID, s.log, func(note string) { s.log.Info(note) })
+	return err
+}
+
+// begin returns the incarnation of the database, having set it up if it is new,
+// or errReplace if it must come from another region.
+func (s *shard) begin(ctx context.Context, db *database, member *membership) (paxosgroup.Incarnation, error) {
+	setup, cancel := context.WithTimeout(ctx, 2*time.Minute)
+	defer cancel()
+	var closed bool
+	err := db.withMaintenance(setup, func(conn *pgx.Conn) error {
+		return conn.QueryRow(setup, "SELECT NOT datallowconn FROM pg_database WHERE datname = $1", db.base.Database).Scan(&closed)
+	})
+	if err != nil {
+		return 0, err
+	}
+	if closed {
+		// A former life closed it, to look for what is divergent or having found
+		// it. To look again somebody must get in; it is closed again if need be.
+		if err := db.allowConnections(setup); err != nil {
+			return 0, err
+		}
+	}
+	conn, err := db.connect(setup, "set-up")
+	if err != nil {
+		return 0, err
+	}
+	defer conn.Close(context.WithoutCancel(ctx))
+	if err := db.check(setup, conn); err != nil {
+		return 0, err
+	}
+	st, err := db.readState(setup, conn)
+	if err != nil {
+		return 0, err
+	}
+	id, _ := member.current()
+	clusterID := fmt.Sprintf("%016x", id.ClusterID)
+	if st.incarnation != 0 {
+		// Also brings an older schema up to date, and finds a stranger's.
+		if err := catalog.Install(setup, conn, catalog.Options{ClusterID: clusterID, Region: s.cfg.Region, Shard: mainShard}); err != nil {
+			return 0, err
+		}
+		if !id.Founded {
+			founded := *id
+			founded.Founded = true
+			if err := member.store(founded); err != nil {
+				return 0, err
+			}
+		}
+		return st.incarnation, db.tidy(setup)
+	}
+	empty, err := db.empty(setup, conn)
+	if err != nil {
+		return 0, err
+	}
+	if id.Founded || id.Origin != "" && id.Origin != s.cfg.Region {
+		if !empty {
+			return 0, fmt.Errorf("database %s holds tables, but none of this cluster's: empty it (drop and create it), and it will be seeded from another region", db.base.Database)
+		}
+		conn.Close(setup)
+		return 0, errReplace
+	}
+	// The cluster's beginning: an empty database, or the one that all start from.
+	inc := newIncarnation()
+	if err := db.withMaintenance(setup, func(m *pgx.Conn) error { return dropSlots(setup, m, db.base.Database) }); err != nil {
+		return 0, err
+	}
+	if err := db.found(setup, conn, id.ClusterID, s.cfg.Region, inc, 0); err != nil {
+		return 0, err
+	}
+	founded := *id
+	founded.Founded = true
+	return inc, member.store(founded)
+}
+
+// incarnate lives with one incarnation of the database: the learner for as long
+// as that lasts, sessions as PostgreSQL comes and goes. It returns errReplace
+// when the database must be replaced.
+func (s *shard) incarnate(ctx context.Context, db *database, inc paxosgroup.Incarnation) error {
+	s.set(func() {
+		s.incarnation = inc
+		s.learned, s.applied, s.effectiveLSN = s.group.Status().Base, 0, 0
+		s.term, s.lastForeign, s.opened, s.own = termInfo{}, paxosgroup.Ballot{}, opening{}, ownCommits{}
+		s.divergent, s.tracker, s.sequences, s.held = "", nil, false, false
+		s.arrivals, s.covered, s.pending = 0, 0, nil
+	})
+	s.group.SetIncarnation(inc)
+	g, ctx := errgroup.WithContext(ctx)
+	from := s.group.Status().Base + 1
+	g.Go(func() error { return s.learn(ctx, from) })
+	g.Go(func() error {
+		for {
+			err := s.runSession(ctx, db)
+			if ctx.Err() != nil || errors.Is(err, errReplace) {
+				return err
+			}
+			if err == nil {
+				err = errors.New("the connections to PostgreSQL ended")
+			}
+			s.fail(err)
+			// Without its database this region can do nothing for a client.
+			s.group.Resign()
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-time.After(200 * time.Millisecond):
+			}
+		}
+	})
+	return g.Wait()
+}
+
+// firstLook tells what the database holds before the sidecar has a cluster.
+type firstLook struct {
+	db   *database
+	mu   sync.Mutex
+	last lookResult
+}
+
+type lookResult struct {
+	empty   bool
+	problem string // why the region cannot take part yet
+}
+
+func newFirstLook(db *database) *firstLook {
+	return &firstLook{db: db, last: lookResult{problem: "its database was not looked at yet"}}
+}
+
+func (f *firstLook) state() (empty bool, problem string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.last.empty, f.last.problem
+}
+
+// run looks again and again until ctx ends.
+func (f *firstLook) run(ctx context.Context) error {
+	for {
+		r := f.look(ctx)
+		f.mu.Lock()
+		f.last = r
+		f.mu.Unlock()
+		select {
+		case <-time.After(500 * time.Millisecond):
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+func (f *firstLook) look(ctx context.Context) lookResult {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	conn, err := f.db.connect(ctx, "set-up")
+	if err != nil {
+		return lookResult{problem: err.Error()}
+	}
+	defer conn.Close(context.WithoutCancel(ctx))
+	if err := f.db.check(ctx, conn); err != nil {
+		return lookResult{problem: err.Error()}
+	}
+	empty, err := f.db.empty(ctx, conn)
+	if err != nil {
+		return lookResult{problem: err.Error()}
+	}
+	return lookResult{empty: empty}
+}

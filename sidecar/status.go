@@ -1,0 +1,385 @@
+package sidecar
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc/status"
+
+	"quorate/paxosgroup"
+	"quorate/sidecar/admin"
+	"quorate/sidecar/config"
+	"quorate/sidecar/sidecarpb"
+)
+
+// backend answers operators, the SQL face and the other regions. It exists from
+// the sidecar's start; the shard is there once it takes part.
+type backend struct {
+	cfg     *config.Config
+	peers   *regionClients
+	version admin.VersionInfo
+
+	mu    sync.Mutex
+	shard *shard
+	id    identity
+	note  string // what the sidecar waits for before it takes part
+	last  map[string]admin.RegionStatus
+}
+
+func (b *backend) say(note string) {
+	b.mu.Lock()
+	b.note = note
+	b.mu.Unlock()
+}
+
+func (b *backend) run(s *shard, id identity) {
+	b.mu.Lock()
+	b.shard, b.id = s, id
+	b.mu.Unlock()
+}
+
+func (b *backend) running() (*shard, identity, string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.shard, b.id, b.note
+}
+
+// Version implements admin.Backend.
+func (b *backend) Version() admin.VersionInfo { return b.version }
+
+// peerStatusWithin bounds how long another region's answer is waited for.
+const peerStatusWithin = 700 * time.Millisecond
+
+// Status implements admin.Backend.
+func (b *backend) Status(ctx context.Context, all bool) (admin.ClusterStatus, error) {
+	s, id, note := b.running()
+	cs := admin.ClusterStatus{Cluster: b.cfg.Cluster, Region: b.cfg.Region}
+	var own admin.RegionStatus
+	if s == nil {
+		own = admin.RegionStatus{Name: b.cfg.Region, Reachable: true, State: admin.StateStarting, Role: admin.RoleFollower, Health: note}
+	} else {
+		own = s.regionStatus()
+		cs.Leader = own.Leader
+		cs.DurabilityRegions = durability(s.group.Status().Membership)
+	}
+	regions := make([]admin.RegionStatus, len(b.cfg.Regions))
+	var wg sync.WaitGroup
+	for i, r := range b.cfg.Regions {
+		if r.Name == b.cfg.Region {
+			regions[i] = own
+			continue
+		}
+		if !all {
+			continue
+		}
+		wg.Go(func() { regions[i] = b.ask(ctx, r.Name, id.ClusterID) })
+	}
+	wg.Wait()
+	if !all {
+		cs.Regions = []admin.RegionStatus{own}
+		return cs, nil
+	}
+	var highest paxosgroup.Slot
+	for _, r := range regions {
+		highest = max(highest, r.Chosen)
+		if r.Reachable && r.Writable && r.Role == admin.RoleLeader && r.LeaseLeft > 0 {
+			cs.Leader = r.Name
+		}
+	}
+	for i := range regions {
+		regions[i].LagSlots = uint64(highest - min(highest, regions[i].Applied))
+	}
+	cs.Regions = regions
+	return cs, nil
+}
+
+func (b *backend) ask(ctx context.Context, region string, clusterID uint64) admin.RegionStatus {
+	ctx, cancel := context.WithTimeout(ctx, peerStatusWithin)
+	defer cancel()
+	c, err := b.peers.cluster(region)
+	var reply *sidecarpb.RegionReply
+	if err == nil {
+		reply, err = c.Region(ctx, &sidecarpb.RegionRequest{ClusterId: clusterID})
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if err != nil {
+		r := b.last[region]
+		r.Name, r.Reachable, r.Healthy, r.CaughtUp, r.Writable, r.LeaseLeft = region, false, false, false, false, 0
+		r.Health = "does not answer: " + status.Convert(err).Message()
+		return r
+	}
+	r := admin.RegionStatus{
+		Name: region, Reachable: true, ReplicaID: paxosgroup.ReplicaID(reply.ReplicaId), Role: reply.Role, State: reply.State,
+		Leader: reply.Leader, Writable: reply.Writable,
+		Ballot:    paxosgroup.Ballot{Counter: reply.BallotCounter, Replica: paxosgroup.ReplicaID(reply.BallotReplica)},
+		LeaseLeft: time.Duration(reply.LeaseLeftNs), Chosen: paxosgroup.Slot(reply.Chosen), Applied: paxosgroup.Slot(reply.Applied),
+		Lag: time.Duration(reply.LagNs), CaughtUp: reply.Applied >= reply.Chosen, Healthy: reply.Healthy, Health: reply.Health,
+		Incarnation: paxosgroup.Incarnation(reply.Incarnation),
+	}
+	b.last[region] = r
+	return r
+}
+
+// durability is how many regions have an acknowledged commit on disk at least.
+func durability(m paxosgroup.Membership) int {
+	voters := 0
+	for _, member := range m.Members {
+		if member.Kind != paxosgroup.Learner {
+			voters++
+		}
+	}
+	if m.Phase2 != 0 {
+		return m.Phase2
+	}
+	return voters/2 + 1
+}
+
+// regionStatus tells how this region is, without asking anybody.
+func (s *shard) regionStatus() admin.RegionStatus {
+	st := s.group.Status()
+	now := s.clock()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	r := admin.RegionStatus{
+		Name: s.cfg.Region, Reachable: true, ReplicaID: st.ID, State: s.state, Writable: s.open && !s.proposing.IsZero(),
+		Ballot: st.Ballot, Base: st.Base, Chosen: st.Chosen, Applied: s.applied, Incarnation: s.incarnation, Void: st.Void,
+		Lag: s.chosenAt.lag(s.applied, s.learned, time.Now()), Healthy: s.health == "", Health: "ok",
+	}
+	r.LagSlots = uint64(st.Chosen - min(st.Chosen, s.applied))
+	r.CaughtUp = s.applied >= st.Chosen && s.state != admin.StateStarting && s.state != admin.StateSeeding
+	switch st.Role {
+	case paxosgroup.Leader:
+		r.Role = admin.RoleLeader
+		if st.LeaseUntil > now {
+			r.LeaseLeft = st.LeaseUntil.Sub(now)
+		}
+	case paxosgroup.Candidate:
+		r.Role = admin.RoleCandidate
+	default:
+		r.Role = admin.RoleFollower
+	}
+	for _, m := range st.Membership.Members {
+		if m.ID == st.ID && m.Kind == paxosgroup.Learner {
+			r.Role = admin.RoleLearner
+		}
+		if m.ID == st.Leader {
+			r.Leader = m.Region
+		}
+	}
+	if r.Role == admin.RoleLeader && r.LeaseLeft == 0 {
+		r.Healthy, r.Health = false, "no quorum of regions answers: writes wait"
+	}
+	if s.divergent != "" {
+		r.Healthy, r.Health = false, s.divergent
+	}
+	if s.health != "" {
+		r.Health = s.health
+	}
+	return r
+}
+
+// regionReply implements clusterServing.
+func (s *shard) regionReply(context.Context) (*sidecarpb.RegionReply, error) {
+	r := s.regionStatus()
+	return &sidecarpb.RegionReply{
+		Region: r.Name, ReplicaId: uint32(r.ReplicaID), Incarnation: uint64(r.Incarnation), Role: r.Role, State: r.State,
+		Writable: r.Writable, Leader: r.Leader, BallotCounter: r.Ballot.Counter, BallotReplica: uint32(r.Ballot.Replica),
+		LeaseLeftNs: int64(r.LeaseLeft), Chosen: uint64(r.Chosen), Applied: uint64(r.Applied), LagNs: int64(r.Lag),
+		Healthy: r.Healthy, Health: r.Health,
+	}, nil
+}
+
+// Transfer implements admin.Backend: it asks the leader's sidecar, which may be
+// this one.
+func (b *backend) Transfer(ctx context.Context, to string) error {
+	known := false
+	for _, r := range b.cfg.Regions {
+		known = known || r.Name == to
+	}
+	if !known {
+		return fmt.Errorf("%w: %q", admin.ErrUnknownRegion, to)
+	}
+	s, id, note := b.running()
+	if s == nil {
+		return fmt.Errorf("%w: %s", admin.ErrNoLeader, note)
+	}
+	leader := s.regionStatus().Leader
+	switch leader {
+	case "":
+		return admin.ErrNoLeader
+	case to:
+		return nil
+	case b.cfg.Region:
+		_, err := s.transfer(ctx, to)
+		return err
+	}
+	c, err := b.peers.cluster(leader)
+	if err != nil {
+		return err
+	}
+	if _, err := c.Transfer(ctx, &sidecarpb.TransferRequest{ClusterId: id.ClusterID, To: to}); err != nil {
+		return &admin.CannotLeadError{Region: to, Reason: status.Convert(err).Message()}
+	}
+	return nil
+}
+
+// transfer implements clusterServing: it hands leadership to a region and
+// returns for how long no writes were taken.
+func (s *shard) transfer(ctx context.Context, to string) (time.Duration, error) {
+	st := s.group.Status()
+	if st.Role != paxosgroup.Leader {
+		return 0, &admin.NotLeaderError{Leader: s.leaderRegion()}
+	}
+	var target paxosgroup.ReplicaID
+	for _, m := range st.Membership.Members {
+		if m.Region == to && m.Kind == paxosgroup.Voter {
+			target = m.ID
+		}
+	}
+	if target == 0 {
+		return 0, &admin.CannotLeadError{Region: to, Reason: "it has no voter with a database"}
+	}
+	s.mu.Lock()
+	se := s.session
+	s.mu.Unlock()
+	if se == nil {
+		return 0, errors.New("this region's PostgreSQL is not connected")
+	}
+	if r := s.others.ask(ctx, to, s.clusterID); !r.Reachable || !r.Healthy || r.State != admin.StateFollowing {
+		return 0, &admin.CannotLeadError{Region: to, Reason: fmt.Sprintf("state %s: %s", r.State, r.Health)}
+	}
+	var pause time.Duration
+	req := request{done: make(chan error, 1), do: func(ctx context.Context) (err error) {
+		pause, err = se.handOver(ctx, target)
+		return err
+	}}
+	select {
+	case se.requests <- req:
+	case <-ctx.Done():
+		return 0, ctx.Err()
+	}
+	select {
+	case err := <-req.done:
+		return pause, err
+	case <-ctx.Done():
+		return 0, ctx.Err()
+	}
+}
+
+// ReadLog implements admin.Backend.
+func (b *backend) ReadLog(ctx context.Context, from uint64, limit int, changes bool, yield func(admin.LogEntry) error) error {
+	s, _, note := b.running()
+	if s == nil {
+		return errors.New(note)
+	}
+	slot := max(paxosgroup.Slot(from), s.group.Status().Base+1)
+	if from != 0 && slot != paxosgroup.Slot(from) {
+		return admin.ErrCompacted
+	}
+	for n := 0; limit == 0 || n < limit; {
+		chosen, _ := s.group.Chosen()
+		if slot > chosen {
+			return nil
+		}
+		batch, err := s.group.Read(slot, 1<<20)
+		if err != nil {
+			return err
+		}
+		for _, d := range batch {
+			if err := ctx.Err(); err != nil {
+				return err
+			}
+			e, err := readable(d, s.group, changes)
+			if err != nil {
+				return err
+			}
+			if err := yield(e); err != nil {
+				return err
+			}
+			slot = d.Slot + 1
+			if n++; limit > 0 && n >= limit {
+				return nil
+			}
+		}
+	}
+	return nil
+}
+
+// addReplica implements clusterServing: it gives a region that lost its disk a
+// new replica, which learns until it has caught up.
+func (s *shard) addReplica(ctx context.Context, region string) (paxosgroup.ReplicaID, paxosgroup.Membership, error) {
+	st := s.group.Status()
+	if st.Role != paxosgroup.Leader {
+		return 0, st.Membership, fmt.Errorf("region %s does not lead", s.cfg.Region)
+	}
+	m := st.Membership.Clone()
+	members := m.Members[:0]
+	for _, member := range m.Members {
+		// A learner of that region is one that was added and lost its disk again.
+		if member.Region != region || member.Kind != paxosgroup.Learner {
+			members = append(members, member)
+		}
+	}
+	id := m.NextID
+	m.NextID++
+	m.Members = append(members, paxosgroup.Member{ID: id, Region: region, Kind: paxosgroup.Learner})
+	if err := s.group.ChangeMembership(ctx, m); err != nil {
+		return 0, m, fmt.Errorf("add replica %d of region %s: %w", id, region, err)
+	}
+	return id, s.group.Status().Membership, nil
+}
+
+// nearlyCaughtUp is how many slots behind a learner may be to become a voter.
+const nearlyCaughtUp = 1000
+
+// admit makes learners that caught up voters, in place of their region's old
+// replica, while this region leads.
+func (s *shard) admit(ctx context.Context) error {
+	tick := time.NewTicker(200 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+		st := s.group.Status()
+		if st.Role != paxosgroup.Leader {
+			continue
+		}
+		for _, p := range st.Peers {
+			if p.Chosen+nearlyCaughtUp < st.Chosen || p.Chosen == 0 || s.clock().Sub(p.LastHeard) > time.Second {
+				continue
+			}
+			m := st.Membership.Clone()
+			var learner *paxosgroup.Member
+			for i := range m.Members {
+				if m.Members[i].ID == p.ID && m.Members[i].Kind == paxosgroup.Learner {
+					learner = &m.Members[i]
+				}
+			}
+			if learner == nil {
+				continue
+			}
+			learner.Kind = paxosgroup.Voter
+			region := learner.Region
+			members := m.Members[:0]
+			for _, member := range m.Members {
+				if member.Region != region || member.ID == p.ID {
+					members = append(members, member)
+				}
+			}
+			m.Members = members
+			if err := s.group.ChangeMembership(ctx, m); err != nil {
+				s.log.Warn("a replica that caught up was not made a voter", "replica", p.ID, "region", region, "err", err)
+			} else {
+				s.log.Info("replica votes", "replica", p.ID, "region", region)
+			}
+			break
+		}
+	}
+}
