@@ -87,8 +87,9 @@ func leaderTransferCommand(a *addressing) *cobra.Command {
 		Long: `Hand leadership to a region and wait until it takes writes. Nothing that was
 acknowledged is lost; writes under way at the old leader end or fail honestly.
 
-It tells how long writes paused, from when the old leader was seen to refuse them
-to when the new one was seen to take them: at most a round trip too long.
+It tells how long writes paused, from when the old leader began to refuse them to
+when it saw the new one take them. Seeing that takes as long as the regions take
+to answer, so the figure is that much too long.
 
 ` + addressingHelp + "\n\n" + exitCodesHelp,
 		Example: `  paxosctl leader transfer --to r2

@@ -16,8 +16,7 @@ import (
 const (
 	// followInterval is how often a followed log is asked for more.
 	followInterval = 100 * time.Millisecond
-	// pausePollInterval is the grain of a measured pause: the local fence is
-	// asked after in memory, the new leader's over the network.
+	// pausePollInterval is the grain of a measured pause.
 	pausePollInterval = 2 * time.Millisecond
 	// writableWait is how long after a hand-over the new leader may take to open.
 	writableWait = 30 * time.Second
@@ -51,9 +50,10 @@ func (s *service) Leader(ctx context.Context, _ *adminpb.LeaderRequest) (*adminp
 	}, nil
 }
 
-// Transfer measures the pause from here: begun when this region's fence is seen
-// closed, ended when the new leader's is seen open. The latter takes a round
-// trip to be seen, so the pause is told too long by up to one, never too short.
+// Transfer measures the pause from here: begun when this region is first seen to
+// leave its leading, ended when the new leader's fence is seen open. To see that
+// takes until all regions have answered or were given up, so the pause is told
+// too long by that, and never too short by more than pausePollInterval.
 func (s *service) Transfer(ctx context.Context, r *adminpb.TransferRequest) (*adminpb.TransferResponse, error) {
 	before, err := s.backend.Status(ctx, false)
 	if err != nil {
@@ -94,14 +94,15 @@ func (s *service) Transfer(ctx context.Context, r *adminpb.TransferRequest) (*ad
 	return response, nil
 }
 
-// awaitClosed returns when this region was first seen not to take writes.
+// awaitClosed returns when this region was first seen not to take writes, or to
+// be closing: it refuses the first of them before it has closed to all.
 func (s *service) awaitClosed(ctx context.Context) (time.Time, error) {
 	for {
 		st, err := s.backend.Status(ctx, false)
 		if err != nil {
 			return time.Time{}, err
 		}
-		if !st.Own().Writable {
+		if own := st.Own(); !own.Writable || own.State == StateDemoting {
 			return time.Now(), nil
 		}
 		if err := sleep(ctx, pausePollInterval); err != nil {

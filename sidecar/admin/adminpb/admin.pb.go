@@ -475,7 +475,7 @@ func (x *TransferRequest) GetTo() string {
 type TransferResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	From          string                 `protobuf:"bytes,1,opt,name=from,proto3" json:"from,omitempty"`
-	PauseMs       float64                `protobuf:"fixed64,2,opt,name=pause_ms,json=pauseMs,proto3" json:"pause_ms,omitempty"`                  // from when the old leader was seen to refuse writes to when the new one was seen to take them
+	PauseMs       float64                `protobuf:"fixed64,2,opt,name=pause_ms,json=pauseMs,proto3" json:"pause_ms,omitempty"`                  // from when the old leader began to refuse writes to when it saw the new one take them
 	PauseMeasured bool                   `protobuf:"varint,3,opt,name=pause_measured,json=pauseMeasured,proto3" json:"pause_measured,omitempty"` // false if the region that answers was not the one that led
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
