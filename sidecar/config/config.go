@@ -46,7 +46,8 @@ type Postgres struct {
 	// /usr/lib/postgresql/MAJOR/bin where that exists, else PATH.
 	BinDir string `yaml:"bin_dir"`
 	// ApplicationName is what the sidecar's replication connection is called and
-	// what synchronous_standby_names will list.
+	// what synchronous_standby_names will list. It begins with quorate, by which
+	// the sidecar tells its own sessions from clients'.
 	ApplicationName string `yaml:"application_name"`
 	// DefaultReadOnly has default_transaction_read_only set on the database
 	// while this region leads no shard, so that drivers asked for a read-write
@@ -135,7 +136,8 @@ type Tracing struct {
 	// empty turns tracing off.
 	OTLP string `yaml:"otlp"`
 	// SampleRatio is the share of transactions without a client's trace that
-	// begin one of their own, 0 to 1.
+	// begin one of their own, above 0 and up to 1. Give all regions the same, or
+	// traces have holes.
 	SampleRatio float64 `yaml:"sample_ratio"`
 }
 
@@ -182,9 +184,9 @@ func Default() Config {
 			HeartbeatInterval:  100 * time.Millisecond,
 			ElectionTimeoutMin: time.Second,
 			LeaseDuration:      1500 * time.Millisecond,
-			ClockDriftPPMMax:   500,
-			WindowSlotsMax:     4096,
-			WindowBytesMax:     64 << 20,
+			ClockDriftPPMMax:   1000,
+			WindowSlotsMax:     1024,
+			WindowBytesMax:     16 << 20,
 		},
 		Log:            Log{SegmentBytes: 64 << 20},
 		Capture:        Capture{FragmentBytesMax: 1 << 20},

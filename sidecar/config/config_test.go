@@ -57,7 +57,7 @@ func TestMinimal(t *testing.T) {
 func TestEverySetting(t *testing.T) {
 	want := Config{
 		Cluster: "c", Region: "b", DataDir: "/d",
-		Postgres: Postgres{DSN: "host=/run/postgresql dbname=app", BinDir: "/opt/pg/bin", ApplicationName: "side", DefaultReadOnly: true},
+		Postgres: Postgres{DSN: "host=/run/postgresql dbname=app", BinDir: "/opt/pg/bin", ApplicationName: "quorate_b", DefaultReadOnly: true},
 		Listen:   Listen{Peer: "[::1]:1", Admin: ":2", NATS: "127.0.0.1:3", NATSCluster: "127.0.0.1:4"},
 		Regions: []Region{
 			{Name: "a", Peer: "h1:1", NATSRoute: "h1:2"},
@@ -155,7 +155,7 @@ func TestFaults(t *testing.T) {
 			text: minimal + "consensus:\n  heartbeat_interval: 1s\n  lease_duration: 1s\n",
 			want: []string{
 				`f:12: consensus.election_timeout_min: 1s is less than twice the heartbeat_interval of 1s: one lost heartbeat would start an election`,
-				`f:14: consensus.lease_duration: 1s is less than twice the heartbeat_interval of 1s: one lost heartbeat would end a lease`,
+				`f:14: consensus.lease_duration: 1s is less than three times the heartbeat_interval of 1s: one lost heartbeat would end a lease`,
 			},
 		},
 		{
@@ -202,17 +202,18 @@ regions:
 		},
 		{
 			name: "an application name that would break synchronous_standby_names, and a DSN without a database's name",
-			text: strings.Replace(minimal, "/app\n", "/\n  application_name: a, b\n", 1),
+			text: strings.Replace(minimal, "/app\n", "/\n  application_name: quorate, b\n", 1),
 			want: []string{
 				`f:5: postgres.dsn: names no database; the replicated one must be named`,
-				`f:6: postgres.application_name: "a, b" cannot be listed in synchronous_standby_names: use 1 to 63 letters, digits, _ or -`,
+				`f:6: postgres.application_name: "quorate, b" cannot be used: it must begin with quorate and consist of at most 63 letters, digits, _ and -`,
 			},
 		},
 		{
 			name: "limits and choices",
 			text: minimal + `snapshot: {parallel: 0}
 log: {segment_bytes: 1B, dir: here}
-replay: {lock_timeout: 0s}
+replay: {lock_timeout: 0s, max_reader_delay: 0s}
+consensus: {window_bytes_max: 64MiB, clock_drift_ppm_max: 0}
 tracing: {otlp: "collector:4317", sample_ratio: 1.5}
 feed: {external_url: "http://n"}
 logging: {level: loud, format: xml}
@@ -220,13 +221,16 @@ logging: {level: loud, format: xml}
 			want: []string{
 				`f:12: snapshot.parallel: 0 is not between 1 and 64`,
 				`f:13: log.dir: "here" is relative; give an absolute path`,
-				`f:13: log.segment_bytes: 1B is not between 1MiB and 4GiB`,
+				`f:13: log.segment_bytes: 1B is not between 1MiB and 2GiB`,
 				`f:14: replay.lock_timeout: 0s is not between 1ms and 1m0s`,
-				`f:15: tracing.sample_ratio: 1.5 is not between 0 and 1`,
-				`f:15: tracing.otlp: "collector:4317" is not http://host:port or https://host:port`,
-				`f:16: feed.external_url: "http://n" is not nats://host:port or tls://host:port`,
-				`f:17: logging.level: "loud" is none of debug, info, warn, error`,
-				`f:17: logging.format: "xml" is none of json, text`,
+				`f:14: replay.max_reader_delay: 0s is not between 1ms and 24h0m0s`,
+				`f:15: consensus.clock_drift_ppm_max: 0 is not between 1 and 100000`,
+				`f:15: consensus.window_bytes_max: 64MiB is not between 1MiB and 24MiB`,
+				`f:16: tracing.sample_ratio: 1.5 is not above 0 and up to 1`,
+				`f:16: tracing.otlp: "collector:4317" is not http://host:port or https://host:port`,
+				`f:17: feed.external_url: "http://n" is not nats://host:port or tls://host:port`,
+				`f:18: logging.level: "loud" is none of debug, info, warn, error`,
+				`f:18: logging.format: "xml" is none of json, text`,
 			},
 		},
 		{

@@ -16,9 +16,15 @@ import (
 const (
 	nameLengthMax = 32
 	regionsMax    = 9
+	// windowBytesLimit keeps a promise, which may carry about twice the window,
+	// within what one message between sidecars can hold (64 MiB).
+	windowBytesLimit = 24 << 20
 )
 
-var namePattern = regexp.MustCompile(`^[a-z0-9_-]+$`)
+var (
+	namePattern            = regexp.MustCompile(`^[a-z0-9_-]+$`)
+	applicationNamePattern = regexp.MustCompile(`^quorate[A-Za-z0-9_-]{0,56}$`)
+)
 
 // report notes a fault of key at the line where it stands, or of its section
 // where it does not stand at all.
@@ -52,11 +58,11 @@ func (d *decoder) validate(c Config) {
 	if c.Log.Dir != "" {
 		d.absolute("log.dir", c.Log.Dir)
 	}
-	between(d, "log.segment_bytes", c.Log.SegmentBytes, 1<<20, 4<<30)
-	between(d, "capture.fragment_bytes_max", c.Capture.FragmentBytesMax, 16<<10, 16<<20)
+	between(d, "log.segment_bytes", c.Log.SegmentBytes, 1<<20, 2<<30)
+	between(d, "capture.fragment_bytes_max", c.Capture.FragmentBytesMax, 16<<10, 8<<20)
 	between(d, "replay.batch_bytes_max", c.Replay.BatchBytesMax, 64<<10, 1<<30)
 	between(d, "replay.lock_timeout", c.Replay.LockTimeout, time.Millisecond, time.Minute)
-	between(d, "replay.max_reader_delay", c.Replay.MaxReaderDelay, 0, 24*time.Hour)
+	between(d, "replay.max_reader_delay", c.Replay.MaxReaderDelay, time.Millisecond, 24*time.Hour)
 	between(d, "snapshot.parallel", c.Snapshot.Parallel, 1, 64)
 	d.tracing(c.Tracing)
 	d.feed(c)
@@ -106,8 +112,8 @@ func (d *decoder) address(key, address string) {
 }
 
 func (d *decoder) postgres(p Postgres) {
-	if p.ApplicationName == "" || len(p.ApplicationName) > 63 || strings.ContainsAny(p.ApplicationName, `"*, ()`) {
-		d.report("postgres.application_name", "%q cannot be listed in synchronous_standby_names: use 1 to 63 letters, digits, _ or -", p.ApplicationName)
+	if !applicationNamePattern.MatchString(p.ApplicationName) {
+		d.report("postgres.application_name", "%q cannot be used: it must begin with quorate and consist of at most 63 letters, digits, _ and -", p.ApplicationName)
 	}
 	if p.BinDir != "" {
 		d.absolute("postgres.bin_dir", p.BinDir)
@@ -196,23 +202,23 @@ func (d *decoder) consensus(c Config) {
 	between(d, "consensus.heartbeat_interval", s.HeartbeatInterval, 10*time.Millisecond, 10*time.Second)
 	between(d, "consensus.election_timeout_min", s.ElectionTimeoutMin, 50*time.Millisecond, time.Minute)
 	between(d, "consensus.lease_duration", s.LeaseDuration, 50*time.Millisecond, time.Minute)
-	if s.LeaseDuration < 2*s.HeartbeatInterval {
-		d.report("consensus.lease_duration", "%v is less than twice the heartbeat_interval of %v: one lost heartbeat would end a lease", s.LeaseDuration, s.HeartbeatInterval)
+	if s.LeaseDuration < 3*s.HeartbeatInterval {
+		d.report("consensus.lease_duration", "%v is less than three times the heartbeat_interval of %v: one lost heartbeat would end a lease", s.LeaseDuration, s.HeartbeatInterval)
 	}
 	if s.ElectionTimeoutMin < 2*s.HeartbeatInterval {
 		d.report("consensus.election_timeout_min", "%v is less than twice the heartbeat_interval of %v: one lost heartbeat would start an election", s.ElectionTimeoutMin, s.HeartbeatInterval)
 	}
-	between(d, "consensus.clock_drift_ppm_max", s.ClockDriftPPMMax, 0, 100_000)
+	between(d, "consensus.clock_drift_ppm_max", s.ClockDriftPPMMax, 1, 100_000)
 	between(d, "consensus.window_slots_max", s.WindowSlotsMax, 1, 1<<16)
-	between(d, "consensus.window_bytes_max", s.WindowBytesMax, 1<<20, 4<<30)
+	between(d, "consensus.window_bytes_max", s.WindowBytesMax, 1<<20, windowBytesLimit)
 	if s.WindowBytesMax < 2*c.Capture.FragmentBytesMax {
 		d.report("consensus.window_bytes_max", "%v does not hold two entries of capture.fragment_bytes_max, %v", s.WindowBytesMax, c.Capture.FragmentBytesMax)
 	}
 }
 
 func (d *decoder) tracing(t Tracing) {
-	if !(t.SampleRatio >= 0 && t.SampleRatio <= 1) { // also NaN
-		d.report("tracing.sample_ratio", "%v is not between 0 and 1", t.SampleRatio)
+	if !(t.SampleRatio > 0 && t.SampleRatio <= 1) { // also NaN
+		d.report("tracing.sample_ratio", "%v is not above 0 and up to 1", t.SampleRatio)
 	}
 	if t.OTLP == "" {
 		return
