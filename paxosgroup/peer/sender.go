@@ -49,8 +49,8 @@ func (s *sender) state() PeerState {
 	}
 }
 
-// weight is about what a message takes in memory and on the wire.
-func weight(m *GroupMessage) int {
+// Weight is about how many bytes a message takes in memory and on the wire.
+func (m *GroupMessage) Weight() int {
 	n := 128 + 8*len(m.Message.Slots)
 	for i := range m.Message.Accepted {
 		n += 96 + len(m.Message.Accepted[i].Entry.Payload)
@@ -63,7 +63,7 @@ func weight(m *GroupMessage) int {
 
 func (s *sender) enqueue(m GroupMessage) {
 	cfg := &s.transport.cfg
-	w := weight(&m)
+	w := m.Weight()
 	s.mu.Lock()
 	if !s.connected || len(s.queue) >= cfg.QueueMessagesMax || len(s.queue) > 0 && s.bytes+w > cfg.QueueBytesMax {
 		s.dropped++
@@ -92,7 +92,7 @@ func (s *sender) take(f *frame) bool {
 	}
 	n, size := 0, 0
 	for n < len(s.queue) {
-		w := weight(&s.queue[n])
+		w := s.queue[n].Weight()
 		if n > 0 && size+w > s.transport.cfg.FrameBytesMax {
 			break
 		}
