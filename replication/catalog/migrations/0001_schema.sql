@@ -333,6 +333,11 @@ BEGIN
     IF tag = 'SELECT INTO' THEN
         RETURN words ~ '^[( ]*(SELECT|WITH)\M.*\mINTO\M';
     END IF;
+    IF tag IN ('GRANT', 'REVOKE', 'COMMENT', 'SECURITY LABEL') THEN
+        -- Memberships and what belongs to the whole server fire no event trigger.
+        RETURN words ~ ('^' || tag || '\M.*\mON\M')
+           AND words !~ '\mON (?:DATABASE|TABLESPACE|ROLE|PARAMETER)\M';
+    END IF;
     words := regexp_replace(words, '^CREATE (?:(?:OR REPLACE|GLOBAL|LOCAL|TEMP|TEMPORARY|UNLOGGED|UNIQUE|TRUSTED|PROCEDURAL|RECURSIVE|CONSTRAINT|DEFAULT) )*', 'CREATE ');
     IF words ~ '^CREATE TABLE\M' THEN
         -- Outside parentheses, AS can only be the query's.
@@ -343,7 +348,7 @@ BEGIN
         END LOOP;
         RETURN tag = CASE WHEN words ~ '\mAS\M' THEN 'CREATE TABLE AS' ELSE 'CREATE TABLE' END;
     END IF;
-    RETURN words ~ ('^' || tag || '\M');
+    RETURN words ~ ('^' || tag || '\M') AND NOT (tag LIKE '% OPERATOR' AND words ~ '^\w+ OPERATOR (CLASS|FAMILY)\M');
 END $$;
 
 -- this_statement finds the text of the DDL command that fired the event
@@ -393,6 +398,25 @@ BEGIN
         HINT = 'Send each command in a query string of its own.';
 END $$;
 
+-- without_concurrently takes CONCURRENTLY out of a command that cannot run with
+-- it inside the transaction that replays.
+CREATE FUNCTION quorate.without_concurrently(tag text, statement text) RETURNS text
+LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    gap    text := '(?:\s|--[^\n]*\n|/\*(?:[^*]|\*[^/])*\*/)+';
+    before text;
+BEGIN
+    before := CASE tag
+        WHEN 'CREATE INDEX' THEN 'create' || gap || '(?:unique' || gap || ')?index' || gap
+        WHEN 'DROP INDEX' THEN 'drop' || gap || 'index' || gap
+        WHEN 'REINDEX' THEN 'reindex' || gap || '(?:\([^()]*\)' || gap || ')?(?:index|table|schema)' || gap
+        END;
+    IF before IS NOT NULL THEN
+        RETURN regexp_replace(statement, '^((?:' || gap || ')?' || before || ')concurrently\M', '\1', 'i');
+    END IF;
+    RETURN statement;
+END $$;
+
 -- varying tells whether an expression of the catalog can have another value
 -- when it is evaluated again elsewhere.
 CREATE FUNCTION quorate.varying(expression pg_node_tree) RETURNS boolean
@@ -430,6 +454,13 @@ CREATE FUNCTION quorate.shard() RETURNS text
 LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS
 $$ SELECT i.shard FROM quorate.identity i $$;
 
+CREATE FUNCTION quorate.refuse_ours() RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RAISE EXCEPTION USING ERRCODE = '0A000', MESSAGE = 'cannot change what Quorate installed',
+        HINT = 'quorate uninstall removes it.';
+END $$;
+
 -- ddl_start refuses early, before locks and work, what surely is not about
 -- temporary objects; ddl_end refuses the rest, when the objects are known.
 CREATE FUNCTION quorate.ddl_start(tag text) RETURNS void
@@ -437,6 +468,16 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     IF quorate.is_bookkeeping() THEN
         RETURN;
+    END IF;
+    IF tag ~ '^(DROP|ALTER) ' AND current_query() ~* '\m(drop|alter)\M.*\mquorate(_fence)?\M' AND tag <> 'ALTER TABLE' THEN
+        -- Afterwards it is too late: what would refuse it is gone.
+        PERFORM quorate.refuse_ours();
+    END IF;
+    IF tag = 'ALTER TABLE' AND current_query() ~* '\mdetach\M.*\mconcurrently\M' THEN
+        -- Its first half commits before ddl_end, and it leaves a constraint
+        -- behind that DETACH by itself does not make.
+        RAISE EXCEPTION USING ERRCODE = '0A000', MESSAGE = 'cannot replicate DETACH PARTITION CONCURRENTLY',
+            HINT = 'Use DETACH PARTITION without CONCURRENTLY.';
     END IF;
     IF tag IN ('CREATE EXTENSION', 'ALTER EXTENSION') THEN
         PERFORM set_config('quorate.in_extension', 'on', true);
@@ -564,8 +605,7 @@ BEGIN
         RETURN;
     END IF;
     IF ours THEN
-        RAISE EXCEPTION USING ERRCODE = '0A000', MESSAGE = 'cannot change what Quorate installed',
-            HINT = 'quorate uninstall removes it.';
+        PERFORM quorate.refuse_ours();
     END IF;
     text_of := quorate.this_statement(tag, context); -- counts, so also for what is then left out
     IF NOT lasting AND (temps OR tag LIKE 'DROP %' AND tag <> 'DROP OWNED') THEN
@@ -605,10 +645,7 @@ BEGIN
             END IF;
         END IF;
     END IF;
-    IF tag IN ('CREATE INDEX', 'DROP INDEX', 'REINDEX') THEN
-        -- Not possible within the transaction that replays.
-        text_of := regexp_replace(text_of, '^((?:\s|--[^\n]*\n|/\*.*?\*/)*(?:create(?:\s+unique)?|drop|reindex)\s+index)\s+concurrently\M', '\1', 'i');
-    END IF;
+    text_of := quorate.without_concurrently(tag, text_of);
     content := jsonb_build_object('version', 1, 'tag', tag, 'statement', text_of, 'role', role, 'settings', settings, 'objects', objects)::text;
     PERFORM pg_logical_emit_message(true, 'quorate.ddl', '{"mac": "'
         || encode(sha256((SELECT i.ddl_key FROM quorate.identity i) || sha256((SELECT i.ddl_key FROM quorate.identity i) || convert_to(content, 'UTF8'))), 'hex')

@@ -1,0 +1,270 @@
+package catalog_test
+
+import (
+	"context"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+
+	"github.com/jackc/pgx/v5"
+
+	"quorate/deploy/sandbox/postgres"
+	"quorate/deploy/sandbox/postgres/postgrestest"
+	"quorate/replication/catalog"
+	"quorate/replication/entry"
+)
+
+// captured returns the contents of the DDL messages since its last call, as
+// test_decoding shows them.
+func captured(t *testing.T, own *pgx.Conn) [][]byte {
+	t.Helper()
+	rows, err := own.Query(ctx(t), "SELECT data FROM pg_logical_slot_get_changes('probe', NULL, NULL) WHERE data LIKE 'message: transactional: 1 prefix: "+entry.DDLPrefix+",%'")
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
+		t.Fatal(err)
+	}
+	var contents [][]byte
+	for _, line := range lines {
+		_, content, _ := strings.Cut(line, " content:")
+		contents = append(contents, []byte(content))
+	}
+	return contents
+}
+
+func statements(t *testing.T, contents [][]byte) []string {
+	t.Helper()
+	var s []string
+	for _, content := range contents {
+		d, err := catalog.DecodeDDL(content)
+		if err != nil {
+			t.Fatalf("%s: %v", content, err)
+		}
+		s = append(s, d.Statement)
+	}
+	return s
+}
+
+// leader is a server with an open fence and a slot for captured.
+func leader(t *testing.T) (*postgres.Server, *pgx.Conn, *pgx.Conn) {
+	t.Helper()
+	s, own := installed(t)
+	postgrestest.Exec(t, own, "SELECT pg_create_logical_replication_slot('probe', 'test_decoding')")
+	open(t, own, 1)
+	return s, own, postgrestest.Connect(t, s, "postgres")
+}
+
+func schemaOf(t *testing.T, s *postgres.Server) string {
+	t.Helper()
+	out, err := exec.Command(filepath.Join(s.BinDir, "pg_dump"), "--schema-only", "-N", "quorate", s.DSN("postgres")).CombinedOutput()
+	if err != nil {
+		t.Fatalf("pg_dump: %v\n%s", err, out)
+	}
+	// Newer pg_dumps write a random word here.
+	return regexp.MustCompile(`(?m)^\\(un)?restrict .*$`).ReplaceAllString(string(out), "")
+}
+
+// differences lists the lines that only one of two texts has.
+func differences(a, b string) string {
+	var out strings.Builder
+	count := map[string]int{}
+	for line := range strings.Lines(a) {
+		count[line]++
+	}
+	for line := range strings.Lines(b) {
+		count[line]--
+	}
+	for line, n := range count {
+		switch {
+		case n > 0:
+			out.WriteString("- " + line)
+		case n < 0:
+			out.WriteString("+ " + line)
+		}
+	}
+	return out.String()
+}
+
+func TestDDLReplaysToTheSameSchema(t *testing.T) {
+	s, own, client := leader(t)
+	follower, followerOwn := installed(t)
+	for _, c := range []*pgx.Conn{own, followerOwn} {
+		postgrestest.Exec(t, c, "CREATE ROLE app", "GRANT CREATE ON DATABASE postgres TO app")
+	}
+	replay := postgrestest.Connect(t, follower, "postgres")
+	postgrestest.Exec(t, replay, "SELECT pg_replication_origin_create('quorate_main')", "SELECT pg_replication_origin_session_setup('quorate_main')",
+		"SET session_replication_role = replica")
+
+	for _, sql := range []string{
+		`CREATE TABLE a (id serial PRIMARY KEY, n int CHECK (n > 0), w text DEFAULT now()::text, g int GENERATED ALWAYS AS (n * 2) STORED, i bigint GENERATED ALWAYS AS IDENTITY)`,
+		`CREATE INDEX CONCURRENTLY a_n ON a (n)`,
+		`create unique  index -- why
+		   concurrently a_nw ON a (n, w)`,
+		`DROP INDEX CONCURRENTLY a_nw`,
+		`INSERT INTO a (n) VALUES (1), (2)`,
+		`ALTER TABLE a ADD COLUMN c int DEFAULT 7, ADD COLUMN d text`,
+		`ALTER TABLE a ALTER c TYPE bigint USING c + 1`,
+		`CREATE SCHEMA s CREATE TABLE t1 (a int) CREATE VIEW v1 AS SELECT * FROM t1`,
+		`SET search_path = s`,
+		`CREATE TABLE in_s (d date DEFAULT '2026-02-01'); CREATE TABLE in_s2 (LIKE in_s INCLUDING ALL); COMMENT ON TABLE in_s IS 'semi; colon''s'; ALTER TABLE in_s ADD x int; ALTER TABLE in_s RENAME x TO y;`,
+		`SET datestyle = 'SQL, DMY'`,
+		`ALTER TABLE in_s ADD e date DEFAULT '03/02/2026'`,
+		`RESET search_path`,
+		`RESET datestyle`,
+		`CREATE FUNCTION f(a int) RETURNS int LANGUAGE plpgsql AS $f$ BEGIN RAISE NOTICE ';'; RETURN a; END $f$; CREATE FUNCTION g(a int) RETURNS int BEGIN ATOMIC SELECT CASE WHEN a > 0 THEN 1 ELSE 2 END; SELECT 2; END; CREATE VIEW vv AS SELECT E'a\';b' AS x /* ; /* ; */ ; */`,
+		`DO $do$ BEGIN CREATE TABLE from_do (id int); EXECUTE 'CREATE INDEX ON from_do (id)'; FOR i IN 1..3 LOOP EXECUTE format('CREATE TABLE loop_%s (id int)', i); END LOOP; END $do$; CREATE TABLE after_do (id int)`,
+		`CREATE TYPE mood AS ENUM ('sad', 'ok'); ALTER TYPE mood ADD VALUE 'happy'`,
+		`CREATE SEQUENCE q START 10; ALTER SEQUENCE q INCREMENT 5`,
+		`CREATE TABLE parts (id int, PRIMARY KEY (id)) PARTITION BY RANGE (id)`,
+		`CREATE TABLE part1 PARTITION OF parts FOR VALUES FROM (0) TO (10); CREATE TABLE part2 (id int PRIMARY KEY); ALTER TABLE parts ATTACH PARTITION part2 FOR VALUES FROM (10) TO (20)`,
+		`CREATE TABLE part3 PARTITION OF parts FOR VALUES FROM (20) TO (30); ALTER TABLE parts DETACH PARTITION part3`,
+		`CREATE TABLE ref (id int REFERENCES a (id))`,
+		`CREATE UNLOGGED TABLE scratch (id int)`,
+		`CREATE RULE r1 AS ON INSERT TO ref DO ALSO (SELECT 1; SELECT 2); CREATE TABLE after_rule ()`,
+		`SET ROLE app`,
+		`CREATE SCHEMA mine; CREATE TABLE mine.owned (id int); GRANT SELECT ON mine.owned TO PUBLIC`,
+		`RESET ROLE`,
+		`ALTER DEFAULT PRIVILEGES FOR ROLE app IN SCHEMA mine GRANT SELECT ON TABLES TO PUBLIC`,
+		`CREATE TEMP TABLE tmp (id int); CREATE INDEX ON tmp (id); CREATE TABLE with_tmp (id int); DROP TABLE tmp`,
+		`DROP TABLE IF EXISTS never_was`,
+		`DROP VIEW vv; DROP TABLE loop_1, loop_2; DROP TABLE IF EXISTS loop_3`,
+		`CREATE TABLE twice (x int); DROP TABLE twice; CREATE TABLE twice (y int)`,
+		`BEGIN; CREATE TABLE undone (); ROLLBACK; CREATE VIEW kept AS SELECT 1 AS one`,
+		`CREATE EXTENSION IF NOT EXISTS pgcrypto; CREATE TABLE after_ext (id int)`,
+		`CREATE MATERIALIZED VIEW mv AS SELECT 1 AS x; REFRESH MATERIALIZED VIEW mv`,
+		`CREATE TABLE empty_copy AS SELECT * FROM a WITH NO DATA`,
+		`CREATE TRIGGER tg BEFORE INSERT ON a FOR EACH ROW EXECUTE FUNCTION suppress_redundant_updates_trigger()`,
+		`ALTER TABLE a ENABLE ROW LEVEL SECURITY; CREATE POLICY pol ON a USING (n > 0)`,
+		`ALTER TABLE a DISABLE TRIGGER ALL; ALTER TABLE a ENABLE TRIGGER ALL`,
+		`CREATE DOMAIN pos AS int CHECK (value > 0); CREATE STATISTICS st ON n, c FROM a; CREATE OR REPLACE VIEW kept AS SELECT 1 AS one, 2 AS two`,
+		`ALTER TABLE a DROP COLUMN d; ALTER TABLE a REPLICA IDENTITY FULL`,
+		`CREATE TABLE "odd ""name;" ("a;b" int); ALTER TABLE "odd ""name;" ADD "c;d" int`,
+	} {
+		postgrestest.Exec(t, client, sql)
+	}
+	id, err := catalog.ReadIdentity(ctx(t), own)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, content := range captured(t, own) {
+		if !catalog.Authentic(id.DDLKey, content) {
+			t.Errorf("not authentic: %s", content)
+		}
+		err := pgx.BeginFunc(ctx(t), replay, func(tx pgx.Tx) error {
+			before := query[string](t, tx.Conn(), "SELECT current_setting('search_path') || current_setting('datestyle') || current_user")
+			if err := catalog.ReplayDDL(ctx(t), tx, content); err != nil {
+				return err
+			}
+			if after := query[string](t, tx.Conn(), "SELECT current_setting('search_path') || current_setting('datestyle') || current_user"); after != before {
+				t.Errorf("settings were %s, are %s", before, after)
+			}
+			return nil
+		})
+		if err != nil {
+			t.Fatalf("%s: %v", content, err)
+		}
+	}
+	if got, want := schemaOf(t, follower), schemaOf(t, s); got != want {
+		t.Errorf("schemas differ (- leader, + follower):\n%s", differences(want, got))
+	}
+	for _, c := range []*pgx.Conn{own, followerOwn} {
+		if n := query[int](t, c, "SELECT count(*)::int FROM quorate.unfenced"); n != 0 {
+			t.Errorf("%d tables without a fence", n)
+		}
+	}
+}
+
+func TestDDLStatementsOfABatch(t *testing.T) {
+	_, own, client := leader(t)
+	for _, tc := range []struct {
+		sql  string
+		want []string
+	}{
+		{"CREATE TABLE a (x int);", []string{"CREATE TABLE a (x int)"}},
+		{"CREATE TABLE b (x int); INSERT INTO b VALUES (1); CREATE TABLE c (x int)", []string{"CREATE TABLE b (x int)", "CREATE TABLE c (x int)"}},
+		{"CREATE TABLE d (); COMMIT; CREATE TABLE e ()", []string{"CREATE TABLE d ()", "CREATE TABLE e ()"}},
+		{"CREATE TEMP TABLE f (); CREATE TABLE g ()", []string{"CREATE TABLE g ()"}},
+		{"CREATE ROLE somebody; GRANT pg_monitor TO somebody; GRANT SELECT ON a TO somebody", []string{"GRANT SELECT ON a TO somebody"}},
+		{"SELECT 1", nil},
+		{"BEGIN; CREATE TABLE z (); ROLLBACK", nil},
+		{"DO $$ BEGIN CREATE TABLE n1 (); CREATE TABLE n2 (); END $$", []string{"CREATE TABLE n1 ()", "CREATE TABLE n2 ()"}},
+	} {
+		postgrestest.Exec(t, client, tc.sql)
+		if got := statements(t, captured(t, own)); strings.Join(got, "|") != strings.Join(tc.want, "|") {
+			t.Errorf("%s: captured %q, want %q", tc.sql, got, tc.want)
+		}
+	}
+}
+
+func TestDDLThatCannotBeReplicatedIsRefused(t *testing.T) {
+	_, own, client := leader(t)
+	postgrestest.Exec(t, client, "CREATE TABLE t (id int PRIMARY KEY, w text)", "INSERT INTO t VALUES (1)", "CREATE TABLE empty (id int)",
+		"CREATE TABLE parent (id int) PARTITION BY RANGE (id)", "CREATE TABLE child PARTITION OF parent FOR VALUES FROM (0) TO (9)", "INSERT INTO parent VALUES (1)")
+	captured(t, own)
+	for _, sql := range []string{
+		"CREATE TABLE u AS SELECT 1 AS x",
+		"SELECT 1 AS x INTO u",
+		"ALTER TABLE t ADD c timestamptz DEFAULT now()",
+		"ALTER TABLE t ADD c date DEFAULT CURRENT_DATE",
+		"ALTER TABLE t ADD c float DEFAULT random()",
+		"ALTER TABLE t ADD c serial",
+		"ALTER TABLE t ADD c int GENERATED ALWAYS AS IDENTITY",
+		"ALTER TABLE parent ADD c timestamptz DEFAULT now()",
+		"ALTER TABLE t ALTER w TYPE float USING random()",
+		"ALTER TABLE t ALTER w TYPE text USING current_timestamp::text",
+		"ALTER TABLE t SET UNLOGGED",
+		"ALTER TABLE parent DETACH PARTITION child CONCURRENTLY",
+		"CREATE SUBSCRIPTION s CONNECTION 'dbname=x' PUBLICATION p WITH (connect = false)",
+		"DO $$ BEGIN EXECUTE 'CREATE TABLE m1 (); CREATE TABLE m2 ()'; END $$",
+		"BEGIN; CREATE TABLE r1 (); ROLLBACK; CREATE TABLE r2 ()",
+		"DROP SCHEMA quorate CASCADE",
+		"DROP SCHEMA quorate_fence CASCADE",
+		"DROP FUNCTION quorate_fence.fence() CASCADE",
+		"DROP PUBLICATION quorate",
+		"ALTER TABLE quorate.identity ADD x int",
+	} {
+		pg := refused(t, client, "0A000", sql)
+		if pg.Hint == "" {
+			t.Errorf("%s: no hint", sql)
+		}
+		_, _ = client.Exec(ctx(t), "ROLLBACK")
+	}
+	if got := statements(t, captured(t, own)); len(got) != 0 {
+		t.Errorf("captured %q", got)
+	}
+	postgrestest.Exec(t, client, "ALTER TABLE empty ADD c timestamptz DEFAULT now()", "ALTER TABLE t ALTER w SET DEFAULT now()::text",
+		"ALTER TABLE t ADD c int DEFAULT 5", "ALTER TABLE empty ADD n serial")
+	if got := statements(t, captured(t, own)); len(got) != 4 {
+		t.Errorf("captured %q", got)
+	}
+}
+
+func TestForgedDDLIsNotAuthentic(t *testing.T) {
+	_, own, client := leader(t)
+	postgrestest.Exec(t, client, "CREATE TABLE t ()", "SELECT pg_logical_emit_message(true, 'quorate.ddl', '{\"mac\": \"00\", \"version\": 1}')")
+	contents := captured(t, own)
+	id, err := catalog.ReadIdentity(ctx(t), own)
+	if err != nil || len(contents) != 2 {
+		t.Fatalf("%v, %d messages", err, len(contents))
+	}
+	if !catalog.Authentic(id.DDLKey, contents[0]) || catalog.Authentic(id.DDLKey, contents[1]) {
+		t.Error("cannot tell what the event trigger wrote")
+	}
+	changed := strings.Replace(string(contents[0]), "CREATE TABLE t ()", "CREATE TABLE u ()", 1)
+	if catalog.Authentic(id.DDLKey, []byte(changed)) {
+		t.Error("a changed message passes")
+	}
+}
+
+func TestReplayDDLNamesAMissingRole(t *testing.T) {
+	s, _, _ := leader(t)
+	conn := postgrestest.Connect(t, s, "postgres")
+	err := catalog.ReplayDDL(context.Background(), conn, []byte(`{"mac":"","version":1,"tag":"CREATE TABLE","statement":"CREATE TABLE t ()","role":"nobody"}`))
+	if err == nil || !strings.Contains(err.Error(), `CREATE ROLE "nobody"`) {
+		t.Errorf("got %v", err)
+	}
+}
