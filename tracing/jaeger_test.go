@@ -15,24 +15,21 @@ import (
 	"testing"
 	"time"
 
+	"quorate/deploy/jaeger"
 	"quorate/replication/entry"
 )
 
-// jaegerBinary is where deploy/jaeger puts it.
-const jaegerBinary = ".cache/quorate/jaeger-all-in-one-1.76.0"
-
-// startJaeger runs a real Jaeger until the test ends.
+// startJaeger runs a real Jaeger until the test ends. Without one the test fails,
+// after an attempt to build it; `make test` has it built before.
 func startJaeger(t *testing.T) (collector, query string) {
 	t.Helper()
-	home, err := os.UserHomeDir()
+	ctx, cancel := context.WithTimeout(context.Background(), 8*time.Minute)
+	defer cancel()
+	binary, err := jaeger.Binary(ctx)
 	if err != nil {
-		t.Fatal(err)
+		t.Fatalf("no Jaeger to test with, see deploy/jaeger: %v", err)
 	}
-	binary := filepath.Join(home, jaegerBinary)
-	if _, err := os.Stat(binary); err != nil {
-		t.Fatalf("no Jaeger to test with: %v; `make test` builds it, as the recipe in deploy/jaeger says", err)
-	}
-	addrs := make([]string, 12)
+	addrs := make([]string, 7)
 	held := make([]net.Listener, len(addrs)) // all until all are known, to be different
 	for i := range addrs {
 		if held[i], err = net.Listen("tcp", "127.0.0.1:0"); err != nil {

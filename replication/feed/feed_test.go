@@ -3,6 +3,7 @@ package feed
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -381,6 +382,58 @@ func TestFeed(t *testing.T) {
 		if st := p.Status(); st.Gaps != 1 {
 			t.Errorf("%d gaps counted", st.Gaps)
 		}
+	})
+
+	t.Run("fragments cut from the log", func(t *testing.T) {
+		rows, l, s := fresh(t), newLog(), startServer(t)
+		l.fragmented(rows.transactions(t, 1, 100)[0], 500)
+		l.add(rows.transactions(t, 1, 1)...)
+		l.change(func() {
+			whole, cut := l.items[0].Fragments, &CutError{Base: 3}
+			l.items[0].Fragments = func(yield func([]byte) error) error {
+				n := 0
+				return errors.Join(whole(func(piece []byte) error {
+					if n++; n == 3 {
+						return cut
+					}
+					return yield(piece)
+				}))
+			}
+		})
+		p, _ := start(t, configOf(s, l))
+		waitFor(t, p, l.items[1].Slot+1)
+		all := readAll(t, s.URL())
+		gap, after := all[len(all)-2], all[len(all)-1]
+		if slot := l.items[0].Slot; gap.Op != "gap" || gap.From != slot || gap.To != slot {
+			t.Errorf("gap message %+v, want one of slot %d", gap, slot)
+		}
+		if after.Op != "insert" || *after.New["id"] != "101" {
+			t.Errorf("after the gap: %+v", after)
+		}
+	})
+
+	t.Run("external server that restarts", func(t *testing.T) {
+		rows, l, dir := fresh(t), newLog(), t.TempDir()
+		launch := func(addr string) *Server {
+			s, err := StartServer(ServerConfig{ListenAddr: addr, StoreDir: dir, ServerName: "external", Logger: quiet()})
+			if err != nil {
+				t.Fatal(err)
+			}
+			return s
+		}
+		s := launch("127.0.0.1:0")
+		defer func() { s.Close() }()
+		cfg := configOf(s, l)
+		cfg.Server, cfg.URL = nil, s.URL()
+		l.add(rows.transactions(t, 3, 1)...)
+		p, _ := start(t, cfg)
+		waitFor(t, p, 4)
+		s.Close()
+		l.add(rows.transactions(t, 3, 1)...)
+		wantState(t, p, "connect to NATS")
+		s = launch(strings.TrimPrefix(cfg.URL, "nats://"))
+		waitFor(t, p, 7)
+		wantCount(t, values(readAll(t, cfg.URL)), 6)
 	})
 
 	t.Run("positions in a quiet shard", func(t *testing.T) {

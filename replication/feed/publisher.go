@@ -235,6 +235,9 @@ func (p *Publisher) connect() (*nats.Conn, error) {
 	options := []nats.Option{
 		nats.Name("quorate feed " + p.cfg.Shard),
 		nats.NoReconnect(),
+		nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) {
+			p.cfg.Logger.Debug("feed's connection", "shard", p.cfg.Shard, "err", err)
+		}),
 		nats.Timeout(p.cfg.AckTimeout),
 		nats.PingInterval(p.cfg.AckTimeout),
 		nats.MaxPingsOutstanding(2),
@@ -278,10 +281,16 @@ func (r *run) publish(ctx context.Context, next uint64) error {
 			return fmt.Errorf("the stream ends with message %s, but slot %d holds no transaction: the stream is not of this log",
 				r.at.messageID(r.cfg.Group), next)
 		}
-		for i := range batch.Items {
-			if err := r.item(ctx, &batch.Items[i]); err != nil {
+		item, err := r.items(ctx, batch.Items)
+		if cut, ok := errors.AsType[*CutError](err); ok {
+			// The commit is there, its fragments are not.
+			if next, err = r.reportGap(ctx, item.Slot, max(cut.Base, item.Slot)); err != nil {
 				return err
 			}
+			continue
+		}
+		if err != nil {
+			return err
 		}
 		if err := r.marks(ctx, batch.Next); err != nil {
 			return err
@@ -308,6 +317,16 @@ func (r *run) settle(ctx context.Context, next uint64) error {
 		}
 	})
 	return err
+}
+
+// items publishes items; with an error it returns the one it happened at.
+func (r *run) items(ctx context.Context, items []Item) (*Item, error) {
+	for i := range items {
+		if err := r.item(ctx, &items[i]); err != nil {
+			return &items[i], err
+		}
+	}
+	return nil, nil
 }
 
 func (r *run) item(ctx context.Context, item *Item) error {

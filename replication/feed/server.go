@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/url"
 	"strconv"
+	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats-server/v2/server"
@@ -25,7 +26,8 @@ type ServerConfig struct {
 	StoreDir   string
 	ServerName string // unique in the cluster, and the same at each start
 
-	// With ClusterListen set, the server is one of several. Routes are the
+	// With ClusterListen set, the server is one of several: its streams wait for
+	// a majority of itself and Routes. Routes are the
 	// cluster addresses of all the others as they are to be reached from here,
 	// HOST:PORT. Servers also tell each other of servers that they know; what
 	// they tell is an address at which nobody listens, so that only Routes are
@@ -78,6 +80,9 @@ func (c *ServerConfig) options() (*server.Options, error) {
 		host, port, err := splitAddr(c.ClusterListen)
 		if err != nil {
 			errs = append(errs, fmt.Errorf("cluster listen address: %w", err))
+		}
+		if len(c.Routes) == 0 {
+			errs = append(errs, errors.New("routes: a server of a cluster needs those to the others"))
 		}
 		o.Cluster = server.ClusterOpts{
 			Name: c.ClusterName, Host: host, Port: port,
@@ -152,11 +157,15 @@ func StartServer(cfg ServerConfig) (*Server, error) {
 	if err != nil {
 		return nil, fmt.Errorf("NATS server: %w", err)
 	}
-	ns.SetLoggerV2(serverLog{cfg.Logger.With("component", "nats")}, false, false, false)
+	log := &serverLog{logger: cfg.Logger.With("component", "nats")}
+	ns.SetLoggerV2(log, false, false, false)
 	ns.Start()
 	if !ns.ReadyForConnections(startTimeout) {
 		ns.Shutdown()
 		ns.WaitForShutdown()
+		if fatal := log.fatal.Load(); fatal != nil {
+			return nil, fmt.Errorf("NATS server: %s", *fatal)
+		}
 		return nil, fmt.Errorf("NATS server does not listen on %s after %v", cfg.ListenAddr, startTimeout)
 	}
 	return &Server{server: ns, clustered: cfg.ClusterListen != "", routes: len(cfg.Routes)}, nil
@@ -211,11 +220,20 @@ func (s *Server) Close() {
 
 // serverLog passes the server's log on. Its notices are many and of interest
 // only when looking for a fault.
-type serverLog struct{ logger *slog.Logger }
+type serverLog struct {
+	logger *slog.Logger
+	fatal  atomic.Pointer[string] // why the server does not start
+}
 
-func (l serverLog) Noticef(format string, v ...any) { l.logger.Debug(fmt.Sprintf(format, v...)) }
-func (l serverLog) Warnf(format string, v ...any)   { l.logger.Warn(fmt.Sprintf(format, v...)) }
-func (l serverLog) Errorf(format string, v ...any)  { l.logger.Error(fmt.Sprintf(format, v...)) }
-func (l serverLog) Fatalf(format string, v ...any)  { l.logger.Error(fmt.Sprintf(format, v...)) }
-func (l serverLog) Debugf(format string, v ...any)  { l.logger.Debug(fmt.Sprintf(format, v...)) }
-func (l serverLog) Tracef(string, ...any)           {}
+func (l *serverLog) Noticef(format string, v ...any) { l.logger.Debug(fmt.Sprintf(format, v...)) }
+func (l *serverLog) Warnf(format string, v ...any)   { l.logger.Warn(fmt.Sprintf(format, v...)) }
+func (l *serverLog) Errorf(format string, v ...any)  { l.logger.Error(fmt.Sprintf(format, v...)) }
+func (l *serverLog) Debugf(format string, v ...any)  { l.logger.Debug(fmt.Sprintf(format, v...)) }
+func (l *serverLog) Tracef(string, ...any)           {}
+
+// Fatalf does not end the process, as the server's own log would.
+func (l *serverLog) Fatalf(format string, v ...any) {
+	text := fmt.Sprintf(format, v...)
+	l.fatal.Store(&text)
+	l.logger.Error(text)
+}

@@ -31,7 +31,7 @@ type Item struct {
 	Payload     entry.Payload
 
 	// Fragments yields the bodies of a TypeCommit in order, one at a time. It
-	// may be called more than once.
+	// may be called more than once. It may return a *CutError.
 	Fragments func(yield func(body []byte) error) error
 
 	// Trace is the context for consumers to go on from. Zero: the client's, as

@@ -63,10 +63,13 @@ func (p *Publisher) openStream(ctx context.Context, js jetstream.JetStream) (jet
 	if have.MaxBytes == want.MaxBytes && have.Replicas == want.Replicas && have.Duplicates == want.Duplicates && have.MaxAge == 0 {
 		return stream, nil
 	}
-	if stream, err = js.UpdateStream(ctx, want); err != nil {
-		return nil, fmt.Errorf("update the limits of stream %s: %w", want.Name, err)
+	updated, err := js.UpdateStream(ctx, want)
+	if err != nil {
+		// More replicas than servers are up, say. The stream is good as it is.
+		p.cfg.Logger.Warn("feed cannot update the limits of its stream and goes on with the old ones", "stream", want.Name, "err", err)
+		return stream, nil
 	}
-	return stream, nil
+	return updated, nil
 }
 
 // tail is the end of a stream; all zero but next in a new one.
