@@ -23,6 +23,14 @@ func (r *Replica) Status() Status {
 	return s
 }
 
+// Leading returns the ballot in which this replica leads, or none.
+func (r *Replica) Leading() (Ballot, bool) {
+	if r.role != Leader {
+		return Ballot{}, false
+	}
+	return r.ballot, true
+}
+
 // NextDeadline returns when Tick has something to do. Ticking at
 // Config.TickInterval is always enough; a replica at rest needs it less often.
 func (r *Replica) NextDeadline() Instant {

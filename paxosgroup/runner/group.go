@@ -145,8 +145,15 @@ func (g *Group) pay(rd paxosgroup.Ready) {
 			r.stats.batches.Add(1)
 		}
 		g.unflushed.Add(1)
+		stepped, appended := r.loop.stepped, time.Time{}
+		if r.cfg.Accepted != nil {
+			appended = time.Now()
+		}
 		r.cfg.Log.Append(g.id, rd.Persist, func(err error) {
 			g.unflushed.Add(-1)
+			if err == nil && r.cfg.Accepted != nil {
+				defer g.tellAccepted(rd.Persist, stepped, appended, time.Now())
+			}
 			if err == nil && len(rd.AfterSync) > 0 {
 				// From here, not from the loop: a leader waits for it.
 				r.cfg.Transport.Send(g.id, rd.AfterSync)
@@ -172,6 +179,14 @@ func (g *Group) pay(rd paxosgroup.Ready) {
 	}
 	if rd.Snapshot {
 		g.needImage.Store(true)
+	}
+}
+
+func (g *Group) tellAccepted(recs []paxosgroup.Record, stepped, appended, durable time.Time) {
+	for _, rec := range recs {
+		if rec.Kind == paxosgroup.RecordAccept {
+			g.runner.cfg.Accepted(g.id, paxosgroup.SlotEntry{Slot: rec.Slot, Entry: rec.Entry}, stepped, appended, durable)
+		}
 	}
 }
 

@@ -12,7 +12,8 @@ import (
 // proposal waits for the loop to hand it to the core.
 type proposal struct {
 	payload []byte
-	done    chan struct{} // gets a token when the loop has answered
+	only    paxosgroup.Ballot // the one term in which it may be proposed; zero: any
+	done    chan struct{}     // gets a token when the loop has answered
 
 	mu        sync.Mutex
 	answered  bool // by the loop: what follows is set
@@ -30,8 +31,22 @@ var proposals = sync.Pool{New: func() any { return &proposal{done: make(chan str
 // An error means that it was not proposed: a *NotLeaderError, ErrStopped or the
 // end of ctx. The payload must not be changed afterwards.
 func (g *Group) Propose(ctx context.Context, payload []byte) (term paxosgroup.Ballot, number uint64, err error) {
+	return g.proposeIn(ctx, paxosgroup.Ballot{}, payload)
+}
+
+// ProposeIn is Propose in one term and no other: if this replica leads in
+// another by the time there is room, that is a *NotLeaderError.
+func (g *Group) ProposeIn(ctx context.Context, term paxosgroup.Ballot, payload []byte) (number uint64, err error) {
+	if term.IsZero() {
+		return 0, fmt.Errorf("propose to group %d: %w", g.id, &NotLeaderError{})
+	}
+	_, number, err = g.proposeIn(ctx, term, payload)
+	return number, err
+}
+
+func (g *Group) proposeIn(ctx context.Context, only paxosgroup.Ballot, payload []byte) (term paxosgroup.Ballot, number uint64, err error) {
 	p := proposals.Get().(*proposal)
-	p.payload = payload
+	p.payload, p.only = payload, only
 	g.runner.submit(call{group: g, proposal: p})
 	select {
 	case <-p.done:
@@ -85,6 +100,11 @@ func (g *Group) propose(now paxosgroup.Instant) {
 	for n < len(g.waiting) {
 		p := g.waiting[n]
 		if !p.answer(func() (paxosgroup.Ballot, uint64, error) {
+			if !p.only.IsZero() {
+				if ballot, leads := g.core.Leading(); !leads || ballot != p.only {
+					return ballot, 0, g.notLeader(paxosgroup.ErrNotLeader)
+				}
+			}
 			term, number, err := g.core.Propose(now, p.payload)
 			return term, number, g.notLeader(err)
 		}) {

@@ -30,6 +30,10 @@ type Config struct {
 	Clock     func() paxosgroup.Instant // nil means BootTime
 	Groups    []GroupConfig
 	Logger    *slog.Logger // nil discards
+	// Accepted, if set, is told of each entry that this replica accepted and
+	// flushed, for tracing: when it was stepped, handed to the log, and durable.
+	// It is called on the log's goroutine and must not block.
+	Accepted func(g paxosgroup.GroupID, e paxosgroup.SlotEntry, stepped, appended, durable time.Time)
 	// InboxBytesMax bounds what has arrived and was not stepped yet; more is
 	// dropped. 0 means 64 MiB.
 	InboxBytesMax int
@@ -113,10 +117,11 @@ type Runner struct {
 
 // loop is what only Run touches.
 type loop struct {
-	groups []*Group
-	dirty  []*Group // stepped since their last Ready
-	missed missedTime
-	spare  struct {
+	groups  []*Group
+	dirty   []*Group // stepped since their last Ready
+	missed  missedTime
+	stepped time.Time // wall clock at the beginning of the step under way
+	spare   struct {
 		inbox   []peer.GroupMessage
 		flushed []flushed
 		calls   []call
@@ -321,7 +326,8 @@ func (r *Runner) step(now paxosgroup.Instant) error {
 		return failure
 	}
 
-	if ahead := l.missed.look(time.Now(), now); ahead > 0 {
+	l.stepped = time.Now()
+	if ahead := l.missed.look(l.stepped, now); ahead > 0 {
 		r.stats.missed.Add(1)
 		r.cfg.Logger.Warn("the wall clock went ahead of the boot clock: leases are given up", "ahead", ahead)
 		for _, g := range l.groups {
