@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"os"
 	"os/signal"
 	"strings"
@@ -109,17 +108,6 @@ func noArgs(cmd *cobra.Command, args []string) error {
 		return &usageError{err}
 	}
 	return nil
-}
-
-// newLogger logs to stderr as the configuration says.
-func newLogger(cfg config.Config) *slog.Logger {
-	level := map[string]slog.Level{"debug": slog.LevelDebug, "info": slog.LevelInfo, "warn": slog.LevelWarn, "error": slog.LevelError}
-	options := &slog.HandlerOptions{Level: level[cfg.Logging.Level]}
-	var handler slog.Handler = slog.NewJSONHandler(os.Stderr, options)
-	if cfg.Logging.Format == "text" {
-		handler = slog.NewTextHandler(os.Stderr, options)
-	}
-	return slog.New(handler).With("region", cfg.Region)
 }
 
 func versionCommand() *cobra.Command {
