@@ -96,7 +96,7 @@ func Install(ctx context.Context, conn *pgx.Conn, o Options) error {
 		if err := createPublication(ctx, tx, o.Publication); err != nil {
 			return err
 		}
-		if _, err := tx.Exec(ctx, "SELECT quorate.protect_all()"); err != nil {
+		if _, err := tx.Exec(ctx, "SELECT quorate.make_fence(), quorate.protect_all()"); err != nil {
 			return fmt.Errorf("fence the tables: %w", err)
 		}
 		return nil

@@ -47,8 +47,10 @@ CREATE TABLE quorate.fence_ballot (
 -- on purpose: opened by INSERT (older snapshots do not see it), closed by
 -- TRUNCATE (which waits for whoever passed, and which older snapshots do see),
 -- empty after a crash (unlogged), void after a clean restart (postmaster_start).
+-- No index: every writing statement looks here, and a scan of one page is the
+-- cheapest plan only as long as there is no other. open_fence keeps rows unique.
 CREATE UNLOGGED TABLE quorate.open (
-    shard            text PRIMARY KEY,
+    shard            text NOT NULL,
     counter          bigint NOT NULL,
     replica          bigint NOT NULL,
     postmaster_start timestamptz NOT NULL
@@ -77,24 +79,36 @@ GRANT SELECT ON quorate.open, quorate.published, quorate.log_batch, quorate.vers
 
 ------------------------------------------------------------------- fence
 
--- The fence: a BEFORE statement trigger, ENABLE ALWAYS, on every table and
--- partition. The hot path is one cached plan over one row, as the caller; all
--- else is in quorate.refuse. It holds ACCESS SHARE on quorate.open to the end
--- of the transaction, and that is what closing waits for.
+-- shard names the shard of this database.
+CREATE FUNCTION quorate.shard() RETURNS text
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS
+$$ SELECT i.shard FROM quorate.identity i $$;
+
+-- make_fence writes the function behind the fence of this database's shard: a
+-- BEFORE statement trigger, ENABLE ALWAYS, on every table and partition. The
+-- hot path is one cached plan over one row, as the caller; all else is in
+-- quorate.refuse. The shard is a literal, since a parameter costs half as much
+-- again. The plan's ACCESS SHARE on quorate.open lasts to the end of the
+-- transaction, and that is what closing waits for.
+CREATE FUNCTION quorate.make_fence() RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $make$
+BEGIN
+    EXECUTE format($create$
 CREATE OR REPLACE FUNCTION quorate_fence.fence() RETURNS trigger LANGUAGE plpgsql AS $fence$
 BEGIN
     IF pg_catalog.to_regclass('quorate.open') IS NULL THEN
         RETURN NULL; -- restored outside a cluster
     END IF;
     PERFORM FROM quorate.open o
-      WHERE o.shard OPERATOR(pg_catalog.=) TG_ARGV[0]
+      WHERE o.shard OPERATOR(pg_catalog.=) %1$L
         AND o.postmaster_start OPERATOR(pg_catalog.=) pg_catalog.pg_postmaster_start_time();
     IF NOT FOUND THEN
-        PERFORM quorate.refuse(TG_ARGV[0], TG_OP);
+        PERFORM quorate.refuse(%1$L, TG_OP);
     END IF;
     RETURN NULL;
 END
-$fence$;
+$fence$ $create$, quorate.shard());
+END $make$;
 
 -- leader names the region that leads a shard, null if none is known.
 CREATE FUNCTION quorate.leader(shard text DEFAULT 'main') RETURNS text
@@ -130,7 +144,7 @@ CREATE VIEW quorate.unfenced AS
        AND n.nspname NOT IN ('pg_catalog', 'information_schema', 'quorate') AND n.nspname NOT LIKE 'pg\_toast%'
        AND NOT EXISTS (SELECT FROM pg_catalog.pg_trigger t
                         WHERE t.tgrelid = c.oid AND t.tgname = 'quorate_fence' AND t.tgenabled = 'A'
-                          AND t.tgfoid = 'quorate_fence.fence()'::pg_catalog.regprocedure);
+                          AND t.tgfoid = pg_catalog.to_regprocedure('quorate_fence.fence()'));
 
 -- protect gives a table its fence, if it needs one.
 CREATE FUNCTION quorate.protect(relation oid) RETURNS void
@@ -143,7 +157,7 @@ BEGIN
         RETURN;
     END IF;
     EXECUTE format('CREATE OR REPLACE TRIGGER quorate_fence BEFORE INSERT OR UPDATE OR DELETE OR TRUNCATE ON %s '
-        'FOR EACH STATEMENT EXECUTE FUNCTION quorate_fence.fence(%L)', name, (SELECT i.shard FROM quorate.identity i));
+        'FOR EACH STATEMENT EXECUTE FUNCTION quorate_fence.fence()', name);
     EXECUTE format('ALTER TABLE ONLY %s ENABLE ALWAYS TRIGGER quorate_fence', name);
 END $$;
 
@@ -153,7 +167,7 @@ LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS
 $$ SELECT count(*) FROM (SELECT quorate.protect(u.relation) FROM quorate.unfenced u OFFSET 0) s $$;
 
 REVOKE ALL ON quorate.unfenced FROM PUBLIC;
-REVOKE ALL ON FUNCTION quorate.protect(oid), quorate.protect_all() FROM PUBLIC;
+REVOKE ALL ON FUNCTION quorate.make_fence(), quorate.protect(oid), quorate.protect_all() FROM PUBLIC;
 
 -- open_fence and close_fence are the two ways a fence moves. Both carry a
 -- ballot, and return false where a newer one has been here. Equal ballots pass:
@@ -449,10 +463,6 @@ BEGIN
         PERFORM quorate.refuse(home, tag);
     END IF;
 END $$;
-
-CREATE FUNCTION quorate.shard() RETURNS text
-LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS
-$$ SELECT i.shard FROM quorate.identity i $$;
 
 CREATE FUNCTION quorate.refuse_ours() RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
