@@ -25,9 +25,11 @@ const (
 	failuresMax     = 4 // doublings of the waiting time
 )
 
-// electionTimeout is T: timeouts are uniform in [T, 2T].
+// electionTimeout is T: timeouts are uniform in [T, 2T]. A round trip measured
+// across a pause must not put off elections for longer than a lease would.
 func (r *Replica) electionTimeout() time.Duration {
-	return max(r.cfg.ElectionTimeoutMin, 4*r.quorumRoundTrip()+r.cfg.HeartbeatInterval)
+	t := max(r.cfg.ElectionTimeoutMin, 4*r.quorumRoundTrip()+r.cfg.HeartbeatInterval)
+	return min(t, max(r.cfg.ElectionTimeoutMin, r.cfg.LeaseDuration/2))
 }
 
 // quorumRoundTrip is the round trip to the farthest replica of the nearest
@@ -316,16 +318,20 @@ func (r *Replica) stepDown() {
 	r.resetElection()
 }
 
-// measure keeps a moving average of the round trip that an echo tells.
+// measure keeps a moving average of the round trip that an echo tells. It falls
+// faster than it rises, because a pause makes one echo late and none early.
 func (r *Replica) measure(m Message) {
 	p := r.peer(m.From)
 	if p == nil || m.SentAt <= 0 || m.SentAt > r.now {
 		return
 	}
 	rtt := max(r.now.Sub(m.SentAt), 1)
-	if p.rtt == 0 {
+	switch {
+	case p.rtt == 0:
 		p.rtt = rtt
-	} else {
+	case rtt < p.rtt:
+		p.rtt -= (p.rtt - rtt) / 2
+	default:
 		p.rtt += (rtt - p.rtt) / 8
 	}
 }

@@ -377,7 +377,7 @@ func (r *Replica) retransmitTimeout(p *peer) time.Duration {
 	if p.rtt == 0 {
 		return retransmitUnknown
 	}
-	return 2*p.rtt + retransmitMin
+	return min(2*p.rtt+retransmitMin, r.cfg.LeaseDuration)
 }
 
 // retransmit sends again the oldest undecided slots that p has not acknowledged

@@ -8,6 +8,7 @@ type fetchState struct {
 	from     ReplicaID // who
 	until    Instant   // an answer is awaited until then; 0 if none is
 	asked    ReplicaID
+	served   ReplicaID   // the last one that had what was asked for
 	tried    []ReplicaID // without success since the last one
 	snapshot bool        // one of tried no longer holds what is missing
 }
@@ -93,11 +94,14 @@ func (r *Replica) tickFetch() {
 	r.send(Message{Kind: MsgFetch, To: to, Slot: r.chosen + 1, Chosen: r.chosen})
 }
 
-// fetchPeer returns whom to ask: who is known to have it, then the leader, then
-// everyone else.
+// fetchPeer returns whom to ask: who served before, then the leader, then who
+// is known to have it, then everyone else.
 func (r *Replica) fetchPeer() (ReplicaID, bool) {
 	fresh := func(id ReplicaID) bool {
 		return id != 0 && id != r.cfg.ID && !slices.Contains(r.fetch.tried, id)
+	}
+	if fresh(r.fetch.served) {
+		return r.fetch.served, true
 	}
 	if fresh(r.leader.Replica) {
 		return r.leader.Replica, true
@@ -145,7 +149,7 @@ func (r *Replica) onLearn(m Message) {
 		r.choose(e.Slot, e.Entry)
 	}
 	if r.chosen > before {
-		r.fetch.until, r.fetch.tried, r.fetch.snapshot = 0, r.fetch.tried[:0], false
+		r.fetch.until, r.fetch.served, r.fetch.tried, r.fetch.snapshot = 0, m.From, r.fetch.tried[:0], false
 		r.learnCommitted()
 		r.afterLearning()
 	}

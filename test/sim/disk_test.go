@@ -63,12 +63,15 @@ func (d *disk) append(recs []paxosgroup.Record) {
 }
 
 // crash loses what was not flushed, all of it or a tail.
-func (d *disk) crash(rng *rand.Rand) {
+// What reached the disk all the same is returned.
+func (d *disk) crash(rng *rand.Rand) (survived []paxosgroup.Record) {
 	if n := len(d.recs) - d.flushed; n > 0 {
 		d.recs = d.recs[:d.flushed+rng.IntN(n+1)]
+		survived = d.recs[d.flushed:]
 		d.flushed = len(d.recs)
 		d.rebuild()
 	}
+	return survived
 }
 
 func (d *disk) restored() paxosgroup.Restored {

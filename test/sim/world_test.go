@@ -156,7 +156,9 @@ func (w *world) crash(n *node) {
 	n.core = nil
 	n.life++
 	n.leaseUntil = 0
-	n.disk.crash(w.rng)
+	for _, r := range n.disk.crash(w.rng) {
+		w.check.flushed(n, r)
+	}
 }
 
 // tickAgain calls Tick at the stated interval, by the node's own clock or so.
