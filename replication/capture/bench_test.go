@@ -17,7 +17,7 @@ import (
 // at once: the difference is what capture costs.
 func BenchmarkInsert(b *testing.B) {
 	for _, synchronousStandby := range []bool{false, true} {
-		server := postgrestest.Start(b, nil)
+		server := postgrestest.Start(b, map[string]string{"max_connections": "400"})
 		for _, clients := range []int{1, 64} {
 			b.Run(fmt.Sprintf("standby=%v/clients=%d", synchronousStandby, clients), func(b *testing.B) {
 				// The framework calls this several times, a database each.

@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -77,6 +78,8 @@ func (r *recorder) next(t testing.TB, kind string) event {
 	}
 }
 
+var databases atomic.Int64
+
 // database is one database of the test server with a publication and a
 // replication slot.
 type database struct {
@@ -97,7 +100,7 @@ func newDatabase(t testing.TB, server *postgres.Server, setUp ...string) *databa
 	if len(name) > 50 {
 		name = name[len(name)-50:]
 	}
-	name = strings.Trim(name, "_")
+	name = fmt.Sprintf("%s_%d", strings.Trim(name, "_"), databases.Add(1)) // a benchmark runs several times
 	admin := postgrestest.Connect(t, server, "postgres")
 	postgrestest.Exec(t, admin, "CREATE DATABASE "+name)
 	d := &database{t: t, server: server, name: name, conn: postgrestest.Connect(t, server, name)}
