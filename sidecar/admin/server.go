@@ -36,16 +36,16 @@ type Config struct {
 func (c Config) validate() error {
 	var errs []error
 	if c.Address == "" {
-		errs = append(errs, errors.New("Address: missing"))
+		errs = append(errs, errors.New("address: missing"))
 	}
 	if c.Backend == nil {
-		errs = append(errs, errors.New("Backend: missing"))
+		errs = append(errs, errors.New("backend: missing"))
 	}
 	if c.Gatherer == nil {
-		errs = append(errs, errors.New("Gatherer: missing"))
+		errs = append(errs, errors.New("gatherer: missing"))
 	}
 	if c.Logger == nil {
-		errs = append(errs, errors.New("Logger: missing"))
+		errs = append(errs, errors.New("logger: missing"))
 	}
 	return errors.Join(errs...)
 }

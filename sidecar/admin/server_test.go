@@ -287,7 +287,7 @@ func TestListenTellsWhoseAddressIsTaken(t *testing.T) {
 
 func TestNewServerTellsAllThatIsMissing(t *testing.T) {
 	_, err := admin.NewServer(admin.Config{})
-	for _, field := range []string{"Address", "Backend", "Gatherer", "Logger"} {
+	for _, field := range []string{"address", "backend", "gatherer", "logger"} {
 		if err == nil || !strings.Contains(err.Error(), field+": missing") {
 			t.Errorf("%s is not told missing: %v", field, err)
 		}
