@@ -112,7 +112,7 @@ func serveControl(s *Supervisor) (*control, error) {
 		// whoever runs the supervisor; the caller waits for the lock.
 		w.WriteHeader(http.StatusAccepted)
 		reply(w, answer{})
-		go s.Down() //nolint:errcheck // Done and a second Down tell the owner
+		go s.Down() // Done, and a Down of its own, tell the owner
 	})
 	mux.HandleFunc("GET /status", func(w http.ResponseWriter, req *http.Request) {
 		st := s.Status(req.Context())

@@ -103,7 +103,7 @@ func (r *region) writeConfig(d *Description, binDir, otlp string) error {
 	if err != nil {
 		return err
 	}
-	head := fmt.Sprintf("# Written by paxosctl dev at every start of the sandbox.\n# Other regions' addresses are those of relays.\n")
+	const head = "# Written by paxosctl dev at every start of the sandbox.\n# Other regions' addresses are those of relays.\n"
 	return os.WriteFile(r.configFile(), append([]byte(head), b...), 0o644)
 }
 

@@ -364,8 +364,8 @@ func TestNothingOutlivesAKilledSupervisor(t *testing.T) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	defer cmd.Wait()         //nolint:errcheck // killed
-	defer cmd.Process.Kill() //nolint:errcheck // killed already
+	defer cmd.Wait()
+	defer cmd.Process.Kill()
 	var r RegionStatus
 	for deadline := time.Now().Add(60 * time.Second); ; time.Sleep(50 * time.Millisecond) {
 		if c, err := Connect(dir); err == nil && c.AwaitReady(testContext(t)) == nil {
@@ -404,8 +404,8 @@ func TestWhatAnEarlierSupervisorLeftIsEnded(t *testing.T) {
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
-		defer cmd.Wait()         //nolint:errcheck // killed
-		defer cmd.Process.Kill() //nolint:errcheck // killed
+		defer cmd.Wait()
+		defer cmd.Process.Kill()
 	}
 	ctx := testContext(t)
 	if err := record(pidFile, left.Process.Pid); err != nil {

@@ -139,6 +139,7 @@ func TestTheWireIsPipelined(t *testing.T) {
 }
 
 func TestThroughputAtEightyMilliseconds(t *testing.T) {
+	var rates []float64
 	for _, oneWay := range []time.Duration{0, 40 * time.Millisecond} {
 		received := make(chan []byte, 1)
 		const size = 256 << 20
@@ -178,11 +179,12 @@ func TestThroughputAtEightyMilliseconds(t *testing.T) {
 		}
 		rate := float64(size) / 1e6 / time.Since(begin).Seconds()
 		t.Logf("%v one way: %.0f MB/s", oneWay, rate)
-		// 200 is what a link of this length should give; half of it on a machine
-		// that does other work at the same time.
-		if rate < 100 {
-			t.Errorf("%v one way: %.0f MB/s", oneWay, rate)
-		}
+		rates = append(rates, rate)
+	}
+	// On an idle machine the long wire gives some 500 MB/s. How busy it is shows
+	// in the other rate; what is tested is that the delay does not limit.
+	if rates[1] < rates[0]/5 {
+		t.Errorf("%.0f MB/s with a round trip of 80 ms, %.0f without", rates[1], rates[0])
 	}
 }
 

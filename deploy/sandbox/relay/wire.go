@@ -53,7 +53,8 @@ func (w *Wire) Cut() {
 	}
 	w.mu.Unlock()
 	w.writing.Lock()
-	w.writing.Unlock() //nolint:staticcheck // an empty section: it waits for the last write
+	//lint:ignore SA2001 it waits for the last write
+	w.writing.Unlock()
 }
 
 // Mend undoes Cut.
