@@ -141,7 +141,7 @@ func TestMarkGoesBackWithTheSequence(t *testing.T) {
 		t.Fatalf("%v", marks)
 	}
 	// CYCLE, descending.
-	down := State{OID: 2, Schema: "public", Name: "d", Increment: -1, Min: -100_000, Max: -1, Cycle: true, LastValue: -99_990, LogCount: 5, Called: true}
+	down := State{OID: 2, Schema: "public", Name: "d", Increment: -1, Min: -100_000, Max: -1, LastValue: -99_990, LogCount: 5, Called: true}
 	settle(t, tr, sampleOf(3*time.Second, down))
 	down.LastValue, down.LogCount = -1, 32
 	if marks := settle(t, tr, sampleOf(4*time.Second, down)); len(marks) != 1 || marks[0].Value > -33 || marks[0].Value < -33-2*marginMin {
