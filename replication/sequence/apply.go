@@ -76,17 +76,17 @@ func AdvancePastColumns(ctx context.Context, conn *pgx.Conn) error {
 		return fmt.Errorf("list sequences of columns: %w", err)
 	}
 	for _, o := range list {
-		aggregate, beyond := "max", ">"
+		aggregate, beyond, within := "max", ">", "x.m >= d.seqmin AND x.m < d.seqmax"
 		if !o.ascending {
-			aggregate, beyond = "min", "<"
+			aggregate, beyond, within = "min", "<", "x.m > d.seqmin AND x.m <= d.seqmax"
 		}
 		// The farthest value is m; the sequence has it behind it if it is at m
 		// and has handed that out, or beyond.
 		query := fmt.Sprintf(`SELECT pg_catalog.setval(d.seqrelid::pg_catalog.regclass, x.m, true)
 FROM (SELECT %[1]s(%[2]s)::int8 AS m FROM %[3]s) x, %[4]s s, pg_catalog.pg_sequence d
-WHERE d.seqrelid = $1::regclass AND x.m > d.seqmin AND x.m < d.seqmax
+WHERE d.seqrelid = $1::regclass AND %[6]s
   AND (x.m %[5]s s.last_value OR x.m = s.last_value AND NOT s.is_called)`,
-			aggregate, o.column, o.table, o.sequence, beyond)
+			aggregate, o.column, o.table, o.sequence, beyond, within)
 		if _, err := conn.Exec(ctx, query, pgx.QueryExecModeExec, o.sequence); err != nil {
 			return fmt.Errorf("move sequence %s past column %s of %s: %w", o.sequence, o.column, o.table, err)
 		}
