@@ -31,7 +31,7 @@ type database struct {
 	log  *slog.Logger
 
 	mu    sync.Mutex
-	maint *pgx.Conn // to the maintenance database
+	maint *pgx.Conn // to the maintenance database; opened at first use and kept
 }
 
 // maintenanceDatabase is connected to for what cannot be done from within the
@@ -139,6 +139,21 @@ func (db *database) allowConnections(ctx context.Context) error {
 		}
 		return nil
 	})
+}
+
+// openForSession lets the sidecar's own connections in, and reports whether the
+// database was closed.
+func (db *database) openForSession(ctx context.Context) (shut bool, err error) {
+	err = db.withMaintenance(ctx, func(conn *pgx.Conn) error {
+		return conn.QueryRow(ctx, "SELECT NOT datallowconn FROM pg_database WHERE datname = $1", db.base.Database).Scan(&shut)
+	})
+	switch {
+	case errors.Is(err, pgx.ErrNoRows):
+		return false, fmt.Errorf("database %s does not exist: create it, empty", db.base.Database)
+	case err != nil || !shut:
+		return shut, err
+	}
+	return shut, db.allowConnections(ctx)
 }
 
 // check refuses a server that cannot carry the promises.

@@ -22,13 +22,28 @@ const (
 
 // govern moves the database between its roles. It alone runs SQL that does so.
 func (se *session) govern(ctx context.Context) error {
+	if err := se.await(ctx, func() bool { return se.stream != nil }); err != nil {
+		return nil
+	}
+	if se.shut {
+		// A former life found, or feared, that the database holds what must not
+		// be read. All our connections are open: nobody else gets in until that
+		// is settled.
+		if err := se.db.refuseConnections(ctx); err != nil {
+			return endOf(ctx, err)
+		}
+		if _, err := catalog.TerminateClients(ctx, se.ctl); err != nil {
+			return endOf(ctx, err)
+		}
+	}
 	if err := se.makeSynchronous(ctx); err != nil {
 		return endOf(ctx, err)
 	}
+	electable := false
 	for {
 		status, statusChanged := se.group.Status(), se.group.StatusChanged()
 		se.mu.Lock()
-		changed := se.changed
+		turned := se.turned
 		condemned := se.divergent
 		leads := status.Role == paxosgroup.Leader && se.term.ballot == status.Ballot && se.term.incarnation == se.incarnation
 		lineage := se.lineage()
@@ -57,12 +72,15 @@ func (se *session) govern(ctx context.Context) error {
 		if err != nil {
 			return endOf(ctx, err)
 		}
-		se.group.SetElectable(se.ready())
+		if ready := se.ready(); ready != electable {
+			electable = ready
+			se.group.SetElectable(ready)
+		}
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-statusChanged:
-		case <-changed:
+		case <-turned:
 		case r := <-se.requests:
 			r.done <- r.do(ctx)
 		}
@@ -81,17 +99,11 @@ func (se *session) ready() bool {
 func (se *session) makeSynchronous(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
-	if err := se.await(ctx, func() bool { return se.stream != nil }); err != nil {
-		return fmt.Errorf("capture does not start: %w", err)
-	}
 	if err := catalog.EnsureSynchronous(ctx, se.ctl, se.cfg.Postgres.ApplicationName); err != nil {
 		return err
 	}
-	probe, err := se.db.connect(ctx, "proof")
-	if err != nil {
-		return err
-	}
-	defer probe.Close(context.Background())
+	probe := se.proof
+	defer probe.Close(context.WithoutCancel(ctx))
 	if _, err := probe.Exec(ctx, "SET synchronous_commit = on"); err != nil {
 		return err
 	}
@@ -104,6 +116,7 @@ func (se *session) makeSynchronous(ctx context.Context) error {
 	}()
 	blocked := make(chan error, 1)
 	go func() { blocked <- catalog.WaitBlocked(ctx, se.ctl, pid) }()
+	var err error
 	select {
 	case err = <-released:
 		if err == nil {
@@ -118,7 +131,7 @@ func (se *session) makeSynchronous(ctx context.Context) error {
 	se.held = false
 	se.synchronous = err == nil
 	se.confirm()
-	se.notify()
+	se.turn()
 	se.mu.Unlock()
 	if err == nil {
 		select {
@@ -234,6 +247,9 @@ func (se *session) renew(ctx context.Context, ballot paxosgroup.Ballot) error {
 			return err
 		}
 	}
+	if err := se.db.allowConnections(stepCtx); err != nil {
+		return err
+	}
 	if err := se.openFence(stepCtx, ballot); err != nil {
 		return err
 	}
@@ -247,7 +263,7 @@ func (se *session) renew(ctx context.Context, ballot paxosgroup.Ballot) error {
 	}
 	se.state = admin.StateLeading
 	se.log.Info("leading again", "ballot", ballot)
-	se.notify()
+	se.turn()
 	return nil
 }
 

@@ -1,10 +1,15 @@
 package sidecar
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"sync"
 	"time"
 
 	"github.com/jackc/pglogrepl"
@@ -13,7 +18,9 @@ import (
 
 	"quorate/paxosgroup"
 	"quorate/replication/entry"
+	"quorate/sidecar/admin"
 	"quorate/sidecar/config"
+	"quorate/sidecar/sidecarpb"
 	"quorate/snapshot"
 )
 
@@ -160,21 +167,17 @@ func pgQuote(s string) string {
 // new incarnation, and returns where in the log it stands. It tries the regions
 // in turn until ctx ends; the old database is kept until the new one is complete.
 func seed(ctx context.Context, cfg *config.Config, db *database, peers *regionClients, clusterID uint64, log *slog.Logger, say func(string)) (paxosgroup.Base, paxosgroup.Incarnation, error) {
-	for attempt := 0; ; attempt++ {
-		for _, r := range cfg.Regions {
-			if r.Name == cfg.Region {
-				continue
-			}
-			// A follower first: the leader has enough to do.
-			base, inc, err := seedFrom(ctx, cfg, db, peers, clusterID, r.Name, attempt%2 == 1, log, say)
+	for {
+		for _, region := range sources(ctx, cfg, peers, clusterID) {
+			base, inc, err := seedFrom(ctx, cfg, db, peers, clusterID, region, log, say)
 			if err == nil {
 				return base, inc, nil
 			}
 			if ctx.Err() != nil {
 				return base, 0, ctx.Err()
 			}
-			log.Warn("seeding did not succeed", "from", r.Name, "err", err)
-			say(fmt.Sprintf("seeding from %s: %v", r.Name, err))
+			log.Warn("seeding did not succeed", "from", region, "err", err)
+			say(fmt.Sprintf("seeding from %s: %v", region, err))
 		}
 		select {
 		case <-ctx.Done():
@@ -184,7 +187,56 @@ func seed(ctx context.Context, cfg *config.Config, db *database, peers *regionCl
 	}
 }
 
-func seedFrom(ctx context.Context, cfg *config.Config, db *database, peers *regionClients, clusterID uint64, region string, leaderToo bool, log *slog.Logger, say func(string)) (base paxosgroup.Base, inc paxosgroup.Incarnation, err error) {
+// sources lists the regions that could give an image, the nearest follower
+// first and the leader, which has enough to do, last.
+func sources(ctx context.Context, cfg *config.Config, peers *regionClients, clusterID uint64) []string {
+	type answer struct {
+		region string
+		leads  bool
+		after  time.Duration
+	}
+	var mu sync.Mutex
+	var answers []answer
+	var wg sync.WaitGroup
+	begun := time.Now()
+	for _, r := range cfg.Regions {
+		if r.Name == cfg.Region {
+			continue
+		}
+		wg.Go(func() {
+			ctx, cancel := context.WithTimeout(ctx, peerStatusWithin)
+			defer cancel()
+			c, err := peers.cluster(r.Name)
+			if err != nil {
+				return
+			}
+			reply, err := c.Region(ctx, &sidecarpb.RegionRequest{ClusterId: clusterID})
+			if err != nil || reply.State != admin.StateFollowing && reply.State != admin.StateLeading {
+				return
+			}
+			mu.Lock()
+			answers = append(answers, answer{r.Name, reply.State == admin.StateLeading, time.Since(begun)})
+			mu.Unlock()
+		})
+	}
+	wg.Wait()
+	slices.SortFunc(answers, func(a, b answer) int {
+		if a.leads != b.leads {
+			if a.leads {
+				return 1
+			}
+			return -1
+		}
+		return cmp.Compare(a.after, b.after)
+	})
+	regions := make([]string, len(answers))
+	for i, a := range answers {
+		regions[i] = a.region
+	}
+	return regions
+}
+
+func seedFrom(ctx context.Context, cfg *config.Config, db *database, peers *regionClients, clusterID uint64, region string, log *slog.Logger, say func(string)) (base paxosgroup.Base, inc paxosgroup.Incarnation, err error) {
 	conn, err := peers.conn(region)
 	if err != nil {
 		return base, 0, err
@@ -198,8 +250,8 @@ func seedFrom(ctx context.Context, cfg *config.Config, db *database, peers *regi
 	begun := time.Now()
 	say("loading an image from region " + region)
 	manifest, err := snapshot.Load(ctx, snapshot.LoadConfig{
-		Conn: conn, ConnString: db.dsnOf(db.seedName()), ClusterID: fmt.Sprintf("%016x", clusterID), LeaderToo: leaderToo,
-		BinDir: cfg.Postgres.BinDir, Parallel: cfg.Snapshot.Parallel, ApplicationName: db.name("seeding"), Logger: log,
+		Client: conn, ConnString: db.dsnOf(db.seedName()), ClusterID: fmt.Sprintf("%016x", clusterID),
+		BinDir: binDir(cfg), Streams: cfg.Snapshot.Parallel, Logger: log,
 	})
 	if err != nil {
 		return base, 0, err
@@ -224,53 +276,71 @@ func seedFrom(ctx context.Context, cfg *config.Config, db *database, peers *regi
 	return base, inc, nil
 }
 
+// binDir is where PostgreSQL's programs are: the configured directory, else that
+// of the newest version installed (pg_dump reads servers older than itself), else
+// wherever the PATH has them.
+func binDir(cfg *config.Config) string {
+	if cfg.Postgres.BinDir != "" {
+		return cfg.Postgres.BinDir
+	}
+	for major := 18; major >= 15; major-- {
+		if p := cfg.Postgres.Binary("pg_dump", major); filepath.IsAbs(p) {
+			return filepath.Dir(p)
+		}
+	}
+	if p, err := exec.LookPath("pg_dump"); err == nil {
+		return filepath.Dir(p)
+	}
+	return "/usr/bin"
+}
+
 // Open implements snapshot.Source: it exports this region's database at a slot
 // that is known exactly.
-func (s *shard) Open(ctx context.Context, leaderToo bool) (snapshot.Exported, error) {
+func (s *shard) Open(ctx context.Context) (*snapshot.Exported, error) {
 	s.mu.Lock()
 	se, settled, leading := s.session, s.settled, !s.proposing.IsZero()
 	s.mu.Unlock()
 	switch {
 	case se == nil:
-		return snapshot.Exported{}, errors.New("this region's database is not connected")
-	case leading && !leaderToo:
-		return snapshot.Exported{}, errors.New("this region leads; a follower's image is preferred")
+		return nil, errors.New("this region's database is not connected")
 	case leading:
 		return se.exportLeader(ctx)
 	case settled:
 		return se.exportFollower(ctx)
 	}
-	return snapshot.Exported{}, errors.New("this region's database is not settled")
+	return nil, errors.New("this region's database is not settled")
 }
 
 // exportFollower exports between two batches of replay, so the image is exactly
 // what was applied.
-func (se *session) exportFollower(ctx context.Context) (snapshot.Exported, error) {
+func (se *session) exportFollower(ctx context.Context) (*snapshot.Exported, error) {
 	se.applying.Lock()
 	defer se.applying.Unlock()
-	se.mu.Lock()
-	slot := se.applied
-	se.mu.Unlock()
 	e, err := se.replay.Export(ctx)
 	if err != nil {
-		return snapshot.Exported{}, err
+		return nil, err
 	}
+	// What was applied last may not be in applied yet; what applied is ahead by
+	// wrote nothing, or is this incarnation's own.
+	se.mu.Lock()
+	slot := max(se.applied, paxosgroup.Slot(e.Slot))
+	se.mu.Unlock()
 	return se.exported(e.Name, slot, e.Release)
 }
 
 // exportLeader exports the snapshot that the making of a replication slot gives:
 // an exact prefix of the WAL, which an ordinary one is not. It may hold commits
 // that are not effective yet, so it is handed out only when all in it are.
-func (se *session) exportLeader(ctx context.Context) (snapshot.Exported, error) {
+func (se *session) exportLeader(ctx context.Context) (*snapshot.Exported, error) {
 	cfg, err := pgconn.ParseConfig(se.db.dsn)
 	if err != nil {
-		return snapshot.Exported{}, err
+		return nil, err
 	}
 	cfg.RuntimeParams["replication"] = "database"
 	cfg.RuntimeParams["application_name"] = se.db.name("export")
 	conn, err := pgconn.ConnectConfig(ctx, cfg)
 	if err != nil {
-		return snapshot.Exported{}, fmt.Errorf("connect for an export: %w", err)
+		return nil, fmt.Errorf("connect for an export: %w", err)
 	}
 	release := func() {
 		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
@@ -284,12 +354,12 @@ func (se *session) exportLeader(ctx context.Context) (snapshot.Exported, error) 
 		pglogrepl.CreateReplicationSlotOptions{Temporary: true, SnapshotAction: "EXPORT_SNAPSHOT"})
 	if err != nil {
 		release()
-		return snapshot.Exported{}, fmt.Errorf("make a slot to export a snapshot (it waits for running transactions): %w", err)
+		return nil, fmt.Errorf("make a slot to export a snapshot (it waits for running transactions): %w", err)
 	}
 	point, err := pglogrepl.ParseLSN(made.ConsistentPoint)
 	if err != nil {
 		release()
-		return snapshot.Exported{}, err
+		return nil, err
 	}
 	var slot paxosgroup.Slot
 	nudged := make(chan error, 1)
@@ -326,18 +396,18 @@ func (se *session) exportLeader(ctx context.Context) (snapshot.Exported, error) 
 	}
 	if err != nil {
 		release()
-		return snapshot.Exported{}, fmt.Errorf("export: %w", err)
+		return nil, fmt.Errorf("export: %w", err)
 	}
 	return se.exported(made.SnapshotName, slot, release)
 }
 
-func (se *session) exported(name string, slot paxosgroup.Slot, release func()) (snapshot.Exported, error) {
+func (se *session) exported(name string, slot paxosgroup.Slot, release func()) (*snapshot.Exported, error) {
 	base, err := se.group.BaseAt(slot)
 	if err != nil {
 		release()
-		return snapshot.Exported{}, fmt.Errorf("export at slot %d: %w", slot, err)
+		return nil, fmt.Errorf("export at slot %d: %w", slot, err)
 	}
-	return snapshot.Exported{
+	return &snapshot.Exported{
 		ConnString: se.db.dsn, SnapshotName: name, Slot: uint64(slot), Base: paxosgroup.EncodeBase(base),
 		Incarnation: uint64(se.incarnation), Release: release,
 	}, nil

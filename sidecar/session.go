@@ -39,6 +39,8 @@ type session struct {
 	watch   *pgx.Conn // watchdog
 	samples *pgx.Conn // sequence samples
 	face    *pgx.Conn // what the SQL face shows
+	proof   *pgx.Conn // the test commit
+	shut    bool      // the database was closed to clients when the session began
 	replay  *replay.Session
 	start   time.Time // of the postmaster
 	flushed entry.LSN // at the session's start
@@ -80,17 +82,13 @@ func (s *shard) runSession(ctx context.Context, db *database) (err error) {
 	g.Go(func() error { return se.publish(ctx) })
 	g.Go(func() error { return se.govern(ctx) })
 	s.set(func() { s.session = se })
-	err = g.Wait()
-	if errors.Is(err, errReplace) {
-		return err
-	}
-	return err
+	return g.Wait()
 }
 
 func (se *session) close() {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 	defer cancel()
-	for _, c := range []*pgx.Conn{se.ctl, se.watch, se.samples, se.face} {
+	for _, c := range []*pgx.Conn{se.ctl, se.watch, se.samples, se.face, se.proof} {
 		if c != nil {
 			c.Close(ctx)
 		}
@@ -105,7 +103,10 @@ func (se *session) connect(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
 	var err error
-	for name, c := range map[string]**pgx.Conn{"control": &se.ctl, "watchdog": &se.watch, "sequences": &se.samples, "status": &se.face} {
+	if se.shut, err = se.db.openForSession(ctx); err != nil {
+		return err
+	}
+	for name, c := range map[string]**pgx.Conn{"control": &se.ctl, "watchdog": &se.watch, "sequences": &se.samples, "status": &se.face, "proof": &se.proof} {
 		if *c, err = se.db.connect(ctx, name); err != nil {
 			return err
 		}
@@ -139,7 +140,9 @@ func (se *session) connect(ctx context.Context) error {
 	if se.replay, err = replay.Connect(ctx, replay.Config{
 		ConnString: se.db.dsn, Origin: state.origin(), ApplicationName: se.db.name("replay"),
 		LockTimeout: se.cfg.Replay.LockTimeout, MaxReaderDelay: se.cfg.Replay.MaxReaderDelay,
-		DDL: func(ctx context.Context, conn *pgx.Conn, content []byte) error { return catalog.ReplayDDL(ctx, conn, content) }, Marks: sequence.Apply, Logger: se.log,
+		DDL: func(ctx context.Context, conn *pgx.Conn, content []byte) error {
+			return catalog.ReplayDDL(ctx, conn, content)
+		}, Marks: sequence.Apply, Logger: se.log,
 	}); err != nil {
 		return err
 	}
@@ -246,6 +249,7 @@ func (se *session) replayer(ctx context.Context) error {
 			return fmt.Errorf("replay: read slot %d: %w", next, err)
 		}
 		var work []replay.Transaction
+		var incarnations []paxosgroup.Incarnation
 		for _, d := range batch {
 			se.mu.Lock()
 			learned := se.learned
@@ -260,13 +264,14 @@ func (se *session) replayer(ctx context.Context) error {
 			}
 			if tx != nil {
 				work = append(work, *tx)
+				incarnations = append(incarnations, d.Entry.Incarnation)
 			}
 		}
 		if len(work) > 0 {
 			if err := se.await(ctx, func() bool { return se.settled }); err != nil {
 				return nil
 			}
-			if err := se.apply(ctx, work); err != nil {
+			if err := se.apply(ctx, work, incarnations); err != nil {
 				return endOf(ctx, err)
 			}
 		}
@@ -276,7 +281,7 @@ func (se *session) replayer(ctx context.Context) error {
 }
 
 // apply commits a batch to the database.
-func (se *session) apply(ctx context.Context, work []replay.Transaction) error {
+func (se *session) apply(ctx context.Context, work []replay.Transaction, incarnations []paxosgroup.Incarnation) error {
 	begun := time.Now()
 	se.applying.Lock()
 	defer se.applying.Unlock()
@@ -288,7 +293,7 @@ func (se *session) apply(ctx context.Context, work []replay.Transaction) error {
 		}
 		return fmt.Errorf("replay: %w", err)
 	}
-	se.traceApply(work, begun, time.Now())
+	se.traceApply(work, incarnations, begun, time.Now())
 	se.metrics.applied.Add(float64(len(work)))
 	return nil
 }

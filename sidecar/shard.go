@@ -1,6 +1,7 @@
 package sidecar
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -42,10 +43,12 @@ type shard struct {
 	metrics *metrics
 
 	clusterID uint64
-	others    *backend // asks the other regions
+	now       func() paxosgroup.Instant // the clock by which leases are counted
+	others    *backend                  // asks the other regions
 
 	mu      sync.Mutex
-	changed chan struct{}
+	changed chan struct{} // closed and replaced at every change
+	turned  chan struct{} // closed and replaced at those that may move the database's role
 
 	// What the log says, as far as it was learned.
 	learned      paxosgroup.Slot
@@ -60,8 +63,11 @@ type shard struct {
 	state       string // an admin.State constant
 	health      string // why it cannot go on; empty: it can
 	applied     paxosgroup.Slot
-	open        bool              // the fence is open
-	opened      opening           // the last time it was opened after another region's term
+	open        bool      // the fence is open
+	opened      opening   // the last time it was opened after another region's term
+	begun       time.Time // capture met the BEGIN of what it hands over now
+	spans       chan commitSpans
+	accepted    chan acceptedEntry
 	proposing   paxosgroup.Ballot // term in which captured commits are proposed; zero: none
 	settled     bool              // nothing local is left that could still commit or be divergent
 	divergent   string            // why this database must be replaced; empty: it need not
@@ -109,13 +115,14 @@ type pendingPosition struct {
 	arrival uint64
 	header  entry.Header // of commits
 	checked bool         // recognised as the commit the log holds
-	at      time.Time
+	at      time.Time    // of its arrival
+	stamps  *stamps      // if its trace is wanted
 }
 
-func newShard(cfg *config.Config, group *runner.Group, tracer *tracing.Tracer, m *metrics, log *slog.Logger) *shard {
+func newShard(cfg *config.Config, tracer *tracing.Tracer, m *metrics, log *slog.Logger) *shard {
 	return &shard{
-		cfg: cfg, group: group, tracer: tracer, metrics: m, log: log.With("shard", mainShard),
-		changed: make(chan struct{}), state: admin.StateStarting,
+		cfg: cfg, tracer: tracer, metrics: m, log: log.With("shard", mainShard),
+		changed: make(chan struct{}), turned: make(chan struct{}), state: admin.StateStarting, spans: make(chan commitSpans, spansMax), accepted: make(chan acceptedEntry, spansMax), now: runner.BootTime,
 	}
 }
 
@@ -123,6 +130,13 @@ func newShard(cfg *config.Config, group *runner.Group, tracer *tracing.Tracer, m
 func (s *shard) notify() {
 	close(s.changed)
 	s.changed = make(chan struct{})
+}
+
+// turn wakes govern as well. The caller holds mu.
+func (s *shard) turn() {
+	close(s.turned)
+	s.turned = make(chan struct{})
+	s.notify()
 }
 
 // await returns when ok does, called under mu, or when ctx ends.
@@ -145,7 +159,7 @@ func (s *shard) await(ctx context.Context, ok func() bool) error {
 func (s *shard) set(f func()) {
 	s.mu.Lock()
 	f()
-	s.notify()
+	s.turn()
 	s.mu.Unlock()
 }
 
@@ -198,6 +212,7 @@ func (s *shard) learnOne(d *paxosgroup.Delivered) error {
 			s.lastForeign = d.Entry.Term
 			s.proposing = paxosgroup.Ballot{}
 		}
+		s.turn()
 	case paxosgroup.KindData:
 		p, err := entry.Decode(d.Entry.Payload)
 		if err != nil {
@@ -217,6 +232,9 @@ func (s *shard) learnOne(d *paxosgroup.Delivered) error {
 		}
 		s.effectiveLSN = p.Header.EndLSN
 		s.own.add(d.Slot, p.Header)
+		if s.tracer != nil {
+			s.stampChosen(p.Header.EndLSN)
+		}
 	}
 	return nil
 }
@@ -253,6 +271,7 @@ func (s *shard) confirm() {
 	for i := range s.pending[:n] {
 		if p := &s.pending[i]; p.commit {
 			s.metrics.commitSeconds.Observe(now.Sub(p.at).Seconds())
+			s.released(p, now)
 		}
 	}
 	s.pending = append(s.pending[:0], s.pending[n:]...)
@@ -267,7 +286,7 @@ func (s *shard) condemn(why string) {
 	if s.divergent == "" {
 		s.divergent = why
 		s.log.Error("this database must be replaced", "why", why)
-		s.notify()
+		s.turn()
 	}
 }
 
@@ -293,6 +312,9 @@ func (s *shard) unresolved() int {
 func (s *shard) Begin(b capture.Begin) capture.Disposition {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.tracer != nil {
+		s.begun = time.Now()
+	}
 	if s.proposing.IsZero() || b.CommitLSN < s.effectiveLSN || s.unproposed {
 		return capture.Digest
 	}
@@ -306,16 +328,26 @@ func (s *shard) Begin(b capture.Begin) capture.Disposition {
 // Entry implements capture.Handler: it proposes a payload of a commit.
 func (s *shard) Entry(ctx context.Context, p entry.Payload) error {
 	s.mu.Lock()
-	term := s.proposing
+	term, begun := s.proposing, s.begun
 	s.mu.Unlock()
+	var st *stamps
+	if s.tracer != nil && p.Type != entry.TypeFragment && s.tracer.Sampled(s.traced(s.incarnation, 0, term, p.Header)) {
+		st = &stamps{begun: begun, captured: time.Now()}
+	}
 	// In this term and no other: if leadership was lost and won between, it is
 	// for settle and promote to say whether this commit has a place in the new
 	// term.
-	_, err := s.group.Propose(ctx, term, p.Append(nil))
+	_, err := s.group.ProposeIn(ctx, term, p.Append(nil))
+	if st != nil {
+		st.proposed = time.Now()
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if !s.sequences && bytes.Contains(p.Body, []byte(entry.DDLPrefix)) {
+		s.sequences = true // it may have made one
+	}
 	if p.Type != entry.TypeFragment {
-		s.addPending(pendingPosition{lsn: p.Header.EndLSN, commit: true, header: p.Header, at: time.Now()})
+		s.addPending(pendingPosition{lsn: p.Header.EndLSN, commit: true, header: p.Header, at: time.Now(), stamps: st})
 	}
 	if err != nil {
 		if ctx.Err() != nil || !errors.Is(err, paxosgroup.ErrNotLeader) {
@@ -327,7 +359,7 @@ func (s *shard) Entry(ctx context.Context, p entry.Payload) error {
 		if s.proposing == term {
 			s.proposing = paxosgroup.Ballot{}
 		}
-		s.notify()
+		s.turn()
 		return nil
 	}
 	s.confirm()
@@ -341,6 +373,7 @@ func (s *shard) Digest(_ context.Context, h entry.Header) error {
 	defer s.mu.Unlock()
 	if h.EndLSN > s.effectiveLSN {
 		s.unproposed = true
+		defer s.turn()
 	}
 	s.addPending(pendingPosition{lsn: h.EndLSN, commit: true, header: h, at: time.Now()})
 	s.confirm()
@@ -384,7 +417,7 @@ func (s *shard) startOver(stream *capture.Stream) {
 	if !s.restart.IsZero() {
 		s.proposing, s.restart = s.restart, paxosgroup.Ballot{}
 	}
-	s.notify()
+	s.turn()
 }
 
 // sampler covers pending positions by sequence samples: a position is confirmed
@@ -413,10 +446,15 @@ func (s *shard) sampler(ctx context.Context, sampler *sequence.Sampler) error {
 		}
 		s.mu.Lock()
 		marks := s.tracker.Need(sample)
+		if len(sample.States) == 0 && s.arrivals == upTo {
+			// Nothing to be covered until a commit with DDL is captured; one that
+			// arrived meanwhile would have to be looked after.
+			s.sequences = false
+		}
 		s.mu.Unlock()
 		if len(marks) > 0 {
 			p := entry.Payload{Type: entry.TypeMarks, Marks: marks}
-			if _, err := s.group.Propose(ctx, term, p.Append(nil)); err != nil {
+			if _, err := s.group.ProposeIn(ctx, term, p.Append(nil)); err != nil {
 				if !errors.Is(err, paxosgroup.ErrNotLeader) {
 					return endOf(ctx, fmt.Errorf("propose sequence marks: %w", err))
 				}

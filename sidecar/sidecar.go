@@ -166,16 +166,9 @@ func startLog(slots *slotlog.Log, base paxosgroup.Base) error {
 // takePart runs the consensus group and the database of a member.
 func takePart(ctx context.Context, cfg *config.Config, id identity, member *membership, back *backend, db *database, peers *regionClients,
 	slots *slotlog.Log, restored map[paxosgroup.GroupID]paxosgroup.Restored, registry *prometheus.Registry, log *slog.Logger) error {
-	state, has := restored[mainGroup]
-	if !has {
-		m, err := paxosgroup.DecodeMembership(id.Membership)
-		if err != nil {
-			return fmt.Errorf("%s: %w", identityFile, err)
-		}
-		state.Base.Membership = m
-		if err := startLog(slots, state.Base); err != nil {
-			return err
-		}
+	first, err := paxosgroup.DecodeMembership(id.Membership)
+	if err != nil {
+		return fmt.Errorf("%s: %w", identityFile, err)
 	}
 	tracer, err := tracing.New(ctx, tracing.Config{
 		URL: cfg.Tracing.OTLP, ClusterID: fmt.Sprintf("%016x", id.ClusterID), Region: cfg.Region, SampleRatio: cfg.Tracing.SampleRatio, Logger: log,
@@ -189,6 +182,9 @@ func takePart(ctx context.Context, cfg *config.Config, id identity, member *memb
 		tracer.Shutdown(ctx)
 	}()
 
+	m := newMetrics(registry)
+	s := newShard(cfg, tracer, m, log)
+	s.clusterID, s.others = id.ClusterID, back
 	var run *runner.Runner
 	transport, err := peer.New(peer.Config{
 		ClusterID: fmt.Sprintf("%016x", id.ClusterID), Self: id.ReplicaID, Logger: log,
@@ -197,31 +193,37 @@ func takePart(ctx context.Context, cfg *config.Config, id identity, member *memb
 	if err != nil {
 		return err
 	}
+	var accepted func(paxosgroup.GroupID, paxosgroup.SlotEntry, time.Time, time.Time, time.Time)
+	if tracer != nil {
+		accepted = s.noteAccepted
+	}
 	run, err = runner.New(runner.Config{
-		Log: slots, Transport: transport, Logger: log,
+		Accepted: accepted,
+		Log:      slots, Restored: restored, Transport: transport, Logger: log,
 		Groups: []runner.GroupConfig{{
 			Core: paxosgroup.Config{
 				Group: mainGroup, ID: id.ReplicaID, Region: cfg.Region,
 				HeartbeatInterval: cfg.Consensus.HeartbeatInterval, ElectionTimeoutMin: cfg.Consensus.ElectionTimeoutMin,
 				LeaseDuration: cfg.Consensus.LeaseDuration, ClockDriftPPMMax: cfg.Consensus.ClockDriftPPMMax,
 				WindowSlotsMax: cfg.Consensus.WindowSlotsMax, WindowBytesMax: int(cfg.Consensus.WindowBytesMax),
-				PreferredRegion: cfg.PreferredLeader, Seed: uint64(newIncarnation()), RestartedWithState: has,
+				PreferredRegion: cfg.PreferredLeader, Seed: uint64(newIncarnation()),
 			},
-			Restored: state,
+			Bootstrap: first, // of no account once the log holds a base
 		}},
 	})
 	if err != nil {
 		return err
 	}
 	group := run.Group(mainGroup)
+	s.group = group
 	// Not before its database is known to be able to lead.
 	group.SetElectable(false)
 
-	m := newMetrics(registry)
 	m.watch(registry, slots, group)
-	s := newShard(cfg, group, tracer, m, log)
-	s.clusterID, s.others = id.ClusterID, back
-	images := snapshot.NewServer(snapshot.ServerConfig{Source: s, ClusterID: fmt.Sprintf("%016x", id.ClusterID), BinDir: cfg.Postgres.BinDir, Logger: log})
+	images, err := snapshot.NewServer(snapshot.ServerConfig{Source: s, ClusterID: fmt.Sprintf("%016x", id.ClusterID), BinDir: binDir(cfg), Logger: log})
+	if err != nil {
+		return err
+	}
 	back.run(s, id)
 	member.serve(s)
 
@@ -237,6 +239,7 @@ func takePart(ctx context.Context, cfg *config.Config, id identity, member *memb
 	g.Go(func() error { return transport.Run(ctx) })
 	g.Go(func() error { return followMembership(ctx, cfg, group, transport) })
 	g.Go(func() error { return s.admit(ctx) })
+	g.Go(func() error { return s.makeSpans(ctx) })
 	g.Go(func() error { return s.live(ctx, db, member) })
 	if cfg.Feed.Enabled {
 		g.Go(func() error { return s.runFeed(ctx) })
@@ -308,22 +311,16 @@ func (s *shard) replace(ctx context.Context, db *database) error {
 
 // begin returns the incarnation of the database, having set it up if it is new,
 // or errReplace if it must come from another region.
-func (s *shard) begin(ctx context.Context, db *database, member *membership) (paxosgroup.Incarnation, error) {
+func (s *shard) begin(ctx context.Context, db *database, member *membership) (inc paxosgroup.Incarnation, err error) {
 	setup, cancel := context.WithTimeout(ctx, 2*time.Minute)
 	defer cancel()
-	var closed bool
-	err := db.withMaintenance(setup, func(conn *pgx.Conn) error {
-		return conn.QueryRow(setup, "SELECT NOT datallowconn FROM pg_database WHERE datname = $1", db.base.Database).Scan(&closed)
-	})
+	shut, err := db.openForSession(setup)
 	if err != nil {
 		return 0, err
 	}
-	if closed {
-		// A former life closed it, to look for what is divergent or having found
-		// it. To look again somebody must get in; it is closed again if need be.
-		if err := db.allowConnections(setup); err != nil {
-			return 0, err
-		}
+	if shut {
+		// The session that follows must find it as it was.
+		defer func() { err = errors.Join(err, db.refuseConnections(setup)) }()
 	}
 	conn, err := db.connect(setup, "set-up")
 	if err != nil {
@@ -365,7 +362,7 @@ func (s *shard) begin(ctx context.Context, db *database, member *membership) (pa
 		return 0, errReplace
 	}
 	// The cluster's beginning: an empty database, or the one that all start from.
-	inc := newIncarnation()
+	inc = newIncarnation()
 	if err := db.withMaintenance(setup, func(m *pgx.Conn) error { return dropSlots(setup, m, db.base.Database) }); err != nil {
 		return 0, err
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -141,11 +142,11 @@ func durability(m paxosgroup.Membership) int {
 // regionStatus tells how this region is, without asking anybody.
 func (s *shard) regionStatus() admin.RegionStatus {
 	st := s.group.Status()
-	now := s.clock()
+	now := s.now()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	r := admin.RegionStatus{
-		Name: s.cfg.Region, Reachable: true, ReplicaID: st.ID, State: s.state, Writable: s.open && !s.proposing.IsZero(),
+		Name: s.cfg.Region, Reachable: true, ReplicaID: st.ID, State: s.state,
 		Ballot: st.Ballot, Base: st.Base, Chosen: st.Chosen, Applied: s.applied, Incarnation: s.incarnation, Void: st.Void,
 		Lag: s.chosenAt.lag(s.applied, s.learned, time.Now()), Healthy: s.health == "", Health: "ok",
 	}
@@ -156,6 +157,7 @@ func (s *shard) regionStatus() admin.RegionStatus {
 		r.Role = admin.RoleLeader
 		if st.LeaseUntil > now {
 			r.LeaseLeft = st.LeaseUntil.Sub(now)
+			r.Writable = s.open && s.proposing == st.Ballot
 		}
 	case paxosgroup.Candidate:
 		r.Role = admin.RoleCandidate
@@ -316,7 +318,8 @@ func (s *shard) addReplica(ctx context.Context, region string) (paxosgroup.Repli
 	if st.Role != paxosgroup.Leader {
 		return 0, st.Membership, fmt.Errorf("region %s does not lead", s.cfg.Region)
 	}
-	m := st.Membership.Clone()
+	m := st.Membership
+	m.Members = slices.Clone(m.Members)
 	members := m.Members[:0]
 	for _, member := range m.Members {
 		// A learner of that region is one that was added and lost its disk again.
@@ -352,10 +355,11 @@ func (s *shard) admit(ctx context.Context) error {
 			continue
 		}
 		for _, p := range st.Peers {
-			if p.Chosen+nearlyCaughtUp < st.Chosen || p.Chosen == 0 || s.clock().Sub(p.LastHeard) > time.Second {
+			if p.Chosen+nearlyCaughtUp < st.Chosen || p.Chosen == 0 || s.now().Sub(p.LastHeard) > time.Second {
 				continue
 			}
-			m := st.Membership.Clone()
+			m := st.Membership
+			m.Members = slices.Clone(m.Members)
 			var learner *paxosgroup.Member
 			for i := range m.Members {
 				if m.Members[i].ID == p.ID && m.Members[i].Kind == paxosgroup.Learner {
