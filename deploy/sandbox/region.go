@@ -202,6 +202,7 @@ type Health struct {
 	Chosen   uint64 `json:"chosen"`
 	Applied  uint64 `json:"applied"`
 	Healthy  bool   `json:"healthy"`
+	Health   string `json:"health"` // what is wrong, and how to mend it
 	State    string `json:"state"`
 }
 

@@ -274,6 +274,46 @@ func TestDelaysAndPartitions(t *testing.T) {
 	check("all healed", map[string]bool{"r1>r3": true, "r3>r4": true})
 }
 
+func TestConnectionsAreReadFromTheKernel(t *testing.T) {
+	s := up(t, options(t, tempDir(t), 2, WANNone))
+	st := s.Status(testContext(t))
+	var link LinkStatus
+	for _, l := range st.Links {
+		if l.From == "r1" && l.Purpose == "peer" {
+			link = l
+		}
+	}
+	conn, err := net.Dial("tcp", link.Address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if _, err := conn.Write([]byte{1}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(conn, make([]byte, 1)); err != nil { // the relay has reached r2
+		t.Fatal(err)
+	}
+	ctx := testContext(t)
+	client, err := pgx.Connect(ctx, st.Regions[0].DSN)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close(ctx)
+	connections, err := st.Connections()
+	if err != nil {
+		t.Fatal(err)
+	}
+	peer, server := false, false
+	for _, c := range connections {
+		peer = peer || c.Region == "r2" && c.Process == Sidecar && c.Local == st.Regions[1].Addresses["peer"] && !c.Called
+		server = server || c.Region == "r1" && c.Process == Postgres && c.Local == st.Regions[0].Addresses["postgres"] && !c.Called
+	}
+	if !peer || !server {
+		t.Errorf("r2's sidecar was reached: %v, r1's server was reached: %v; connections: %+v", peer, server, connections)
+	}
+}
+
 func TestRoundTripsMakeAMap(t *testing.T) {
 	for i, want := range []time.Duration{12, 25, 60, 80} {
 		if got := RoundTrip(WANGlobal, 0, i+1); got != want*time.Millisecond {

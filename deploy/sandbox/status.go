@@ -28,6 +28,7 @@ type RegionStatus struct {
 	Role        string            `json:"role,omitempty"`
 	Writable    bool              `json:"writable"`
 	Healthy     bool              `json:"healthy"`
+	Health      string            `json:"health,omitempty"` // what is wrong, as the sidecar says
 	Chosen      uint64            `json:"chosen"`
 	Applied     uint64            `json:"applied"`
 	Partitioned bool              `json:"partitioned"`
@@ -134,7 +135,7 @@ func (r *region) status(ctx context.Context, d *Description) RegionStatus {
 			st.State = "sidecar does not answer"
 			break
 		}
-		st.State, st.Role, st.Writable, st.Healthy, st.Chosen, st.Applied = h.State, h.Role, h.Writable, h.Healthy, h.Chosen, h.Applied
+		st.State, st.Role, st.Writable, st.Healthy, st.Health, st.Chosen, st.Applied = h.State, h.Role, h.Writable, h.Healthy, h.Health, h.Chosen, h.Applied
 	}
 	switch {
 	case st.SidecarPID != 0 && st.PostgresPID == 0:

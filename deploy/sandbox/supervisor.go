@@ -389,7 +389,7 @@ func (s *Supervisor) AwaitReady(ctx context.Context) error {
 			case errs[i] != nil:
 				waiting = append(waiting, fmt.Sprintf("%s: %v", r.Name, errs[i]))
 			case !h.Healthy:
-				waiting = append(waiting, fmt.Sprintf("%s: %s", r.Name, h.State))
+				waiting = append(waiting, fmt.Sprintf("%s: %s, %s", r.Name, h.State, h.Health))
 			case leader < 0:
 				continue
 			case h.Leader != s.regions[leader].Name || h.Applied < target:
