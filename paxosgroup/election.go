@@ -23,6 +23,7 @@ const (
 	// appliedPatience is for how long after the last leader was heard of.
 	appliedPatience = time.Second
 	failuresMax     = 4 // doublings of the waiting time
+	probeInterval   = 10 * time.Second
 )
 
 // electionTimeout is T: timeouts are uniform in [T, 2T]. A round trip measured
@@ -165,6 +166,24 @@ func (r *Replica) failCandidacy() {
 func (r *Replica) tickCandidate() {
 	if r.now >= r.candidacy.until || !r.canCampaign() {
 		r.failCandidacy()
+	}
+}
+
+// tickProbe measures the round trips that election timeouts are made of, by a
+// pre-vote for a ballot that nobody needs to grant. A follower sends nothing
+// else that is answered.
+func (r *Replica) tickProbe() {
+	if r.now < r.probeAt || r.self < 0 {
+		return
+	}
+	r.probeAt = r.now.Add(probeInterval/2 + r.random(probeInterval))
+	for _, p := range r.peers {
+		if r.voters&(1<<p.index) != 0 {
+			r.send(Message{
+				Kind: MsgPreVote, To: p.id, Ballot: Ballot{Counter: 1, Replica: r.cfg.ID},
+				Chosen: r.chosen, Applied: r.applied, SentAt: r.now,
+			})
+		}
 	}
 }
 

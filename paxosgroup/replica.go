@@ -83,6 +83,7 @@ type Replica struct {
 	quietUntil   Instant // refuse pre-votes but of quietFor
 	quietFor     ReplicaID
 	electionAt   Instant
+	probeAt      Instant
 	electable    bool
 	incarnation  Incarnation
 	applied      Slot
@@ -139,6 +140,7 @@ func New(cfg Config, st Restored, store Storage, now Instant) (*Replica, error) 
 	if cfg.RestartedWithState || !st.Promised.IsZero() || st.Chosen > 0 || len(st.Accepted) > 0 {
 		r.restartUntil = now.Add(cfg.LeaseDuration)
 	}
+	r.probeAt = now.Add(r.random(cfg.ElectionTimeoutMin))
 	r.resetElection()
 	return r, nil
 }
@@ -270,6 +272,7 @@ func (r *Replica) Tick(now Instant) {
 	case asking, preparing:
 		r.tickCandidate()
 	default:
+		r.tickProbe()
 		if r.now >= r.electionAt {
 			r.onElectionTimeout()
 		}

@@ -34,7 +34,7 @@ func (r *Replica) Leading() (Ballot, bool) {
 // NextDeadline returns when Tick has something to do. Ticking at
 // Config.TickInterval is always enough; a replica at rest needs it less often.
 func (r *Replica) NextDeadline() Instant {
-	next := r.electionAt
+	next := min(r.electionAt, r.probeAt)
 	switch r.stage {
 	case asking, preparing:
 		next = r.candidacy.until

@@ -196,6 +196,17 @@ func (c *chaos) replace() bool {
 			}
 		}
 	default:
+		// Only when a quorum of the new members knows of the change can the
+		// next one be lost: until then the old members are needed to find it.
+		known := 0
+		for _, y := range m.Members {
+			if n := w.node(y.ID); n.core != nil && y.Kind != paxosgroup.Learner && n.core.Status().Membership.Epoch >= m.Epoch {
+				known++
+			}
+		}
+		if known <= m.Voters()/2 {
+			return false
+		}
 		c.replacing = false
 		w.node(c.old).removed = true
 		return false

@@ -78,7 +78,8 @@ type world struct {
 	slow         float64 // share of messages that take much longer
 	flushMax     time.Duration
 	cut          map[link]bool
-	drop         func(paxosgroup.Message) bool // a scenario's own
+	drop         func(paxosgroup.Message) bool                 // a scenario's own
+	oneWay       func(a, b paxosgroup.ReplicaID) time.Duration // instead of delayMin to delayMax
 
 	offers int
 	sent   int
@@ -271,6 +272,9 @@ func (w *world) sendAll(n *node, msgs []paxosgroup.Message) {
 		}
 		for range copies {
 			d := w.delayMin + time.Duration(w.rng.Int64N(int64(w.delayMax-w.delayMin)+1))
+			if w.oneWay != nil {
+				d = w.oneWay(m.From, m.To)
+			}
 			if w.rng.Float64() < w.slow {
 				d += time.Duration(w.rng.Int64N(int64(3 * time.Second)))
 			}
