@@ -57,7 +57,9 @@ func (st Status) Connections() ([]Connection, error) {
 			}
 		}
 	}
-	slices.SortFunc(out, func(a, b Connection) int { return strings.Compare(a.Region+a.Local+a.Remote, b.Region+b.Local+b.Remote) })
+	slices.SortFunc(out, func(a, b Connection) int {
+		return strings.Compare(a.Region+a.Local+a.Remote, b.Region+b.Local+b.Remote)
+	})
 	return out, nil
 }
 
