@@ -82,7 +82,7 @@ region's database follows in the same order.
 		SilenceErrors: true,
 	}
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &usageError{err} })
-	root.AddCommand(checkCommand(), installCommand(), uninstallCommand(), versionCommand())
+	root.AddCommand(runCommand(), checkCommand(), installCommand(), uninstallCommand(), versionCommand())
 	return root
 }
 
