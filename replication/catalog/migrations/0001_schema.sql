@@ -1,9 +1,9 @@
 -- Version 1 of what Quorate keeps in a database.
 --
 -- Two schemas. "quorate" holds state; pg_dump -N quorate leaves it out.
--- "quorate_fence" holds only the functions that triggers on user tables and
--- event triggers call: it goes along with a dump, so that a dump restores
--- without errors, and its functions do nothing where "quorate" is missing.
+-- "quorate_fence" holds only the functions that the triggers and event triggers
+-- call. pg_dump has no way to leave event triggers out, so these functions go
+-- along with a dump, and do nothing where "quorate" is missing.
 --
 -- Names are qualified everywhere, and operators resolve in pg_catalog: each
 -- function either has its own search_path or, where its cost counts, spells the
@@ -143,7 +143,7 @@ CREATE VIEW quorate.unfenced AS
      WHERE c.relkind IN ('r', 'p') AND c.relpersistence <> 't'
        AND n.nspname NOT IN ('pg_catalog', 'information_schema', 'quorate') AND n.nspname NOT LIKE 'pg\_toast%'
        AND NOT EXISTS (SELECT FROM pg_catalog.pg_trigger t
-                        WHERE t.tgrelid = c.oid AND t.tgname = 'quorate_fence' AND t.tgenabled = 'A'
+                        WHERE t.tgrelid = c.oid AND t.tgname = 'quorate_fence' AND t.tgenabled = 'A' AND t.tgisinternal
                           AND t.tgfoid = pg_catalog.to_regprocedure('quorate_fence.fence()'));
 
 -- protect gives a table its fence, if it needs one.
@@ -156,8 +156,15 @@ BEGIN
     IF NOT EXISTS (SELECT FROM quorate.unfenced u WHERE u.relation = protect.relation) THEN
         RETURN;
     END IF;
-    EXECUTE format('CREATE OR REPLACE TRIGGER quorate_fence BEFORE INSERT OR UPDATE OR DELETE OR TRUNCATE ON %s '
-        'FOR EACH STATEMENT EXECUTE FUNCTION quorate_fence.fence()', name);
+    IF NOT EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid = relation AND t.tgname = 'quorate_fence'
+                      AND t.tgisinternal AND t.tgfoid = to_regprocedure('quorate_fence.fence()')) THEN
+        EXECUTE format('DROP TRIGGER IF EXISTS quorate_fence ON %s', name);
+        EXECUTE format('CREATE TRIGGER quorate_fence BEFORE INSERT OR UPDATE OR DELETE OR TRUNCATE ON %s '
+            'FOR EACH STATEMENT EXECUTE FUNCTION quorate_fence.fence()', name);
+        -- As a foreign key's triggers: no dump and no tool that compares schemas
+        -- sees it, so a dump restores anywhere, into this database too.
+        UPDATE pg_trigger t SET tgisinternal = true WHERE t.tgrelid = relation AND t.tgname = 'quorate_fence';
+    END IF;
     EXECUTE format('ALTER TABLE ONLY %s ENABLE ALWAYS TRIGGER quorate_fence', name);
 END $$;
 
@@ -500,10 +507,15 @@ END $$;
 -- ddl_drop notes for ddl_end whether the command dropped lasting objects ('l'),
 -- temporary ones ('t'), our own ('q').
 CREATE FUNCTION quorate.ddl_drop() RETURNS void
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lc_messages = 'C' AS $$
 DECLARE
-    kinds text;
+    kinds   text;
+    context text;
 BEGIN
+    GET DIAGNOSTICS context = PG_CONTEXT;
+    IF context ~ '\nPL/pgSQL function quorate\.protect\(oid\) line ' THEN
+        RETURN;
+    END IF;
     SELECT string_agg(DISTINCT CASE
                WHEN d.is_temporary THEN 't'
                WHEN d.schema_name IN ('quorate', 'quorate_fence')

@@ -1,0 +1,97 @@
+package catalog_test
+
+import (
+	"bytes"
+	"os/exec"
+	"path/filepath"
+	"testing"
+
+	"quorate/deploy/sandbox/postgres"
+	"quorate/deploy/sandbox/postgres/postgrestest"
+)
+
+// run runs one of PostgreSQL's own programs and wants it to say nothing on
+// stderr.
+func run(t *testing.T, s *postgres.Server, stdin []byte, program string, args ...string) []byte {
+	t.Helper()
+	cmd := exec.Command(filepath.Join(s.BinDir, program), args...)
+	var out, errs bytes.Buffer
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(stdin), &out, &errs
+	if err := cmd.Run(); err != nil || errs.Len() > 0 {
+		t.Fatalf("%s %q: %v\n%s", program, args, err, errs.String())
+	}
+	return out.Bytes()
+}
+
+// A dump taken with -N quorate --no-publications restores into a server that
+// has no Quorate, without an error, and works there as any table does.
+func TestDumpRestoresIntoAPlainServer(t *testing.T) {
+	s, own := installed(t)
+	open(t, own, 1)
+	client := postgrestest.Connect(t, s, "postgres")
+	postgrestest.Exec(t, client, "CREATE TABLE t (id serial PRIMARY KEY, w text)", "INSERT INTO t (w) VALUES ('a'), ('b')",
+		"CREATE TABLE p (id int PRIMARY KEY) PARTITION BY RANGE (id)", "CREATE TABLE p1 PARTITION OF p FOR VALUES FROM (0) TO (9)", "INSERT INTO p VALUES (1)")
+
+	for _, tc := range []struct{ name, database string }{{"plain", "plain"}, {"custom", "custom"}} {
+		t.Run(tc.name, func(t *testing.T) {
+			// Another database without Quorate is as plain as another server: what
+			// is installed is of one database.
+			postgrestest.Exec(t, own, "CREATE DATABASE "+tc.database)
+			flags := []string{"-N", "quorate", "--no-publications", s.DSN("postgres")}
+			if tc.name == "plain" {
+				dump := run(t, s, nil, "pg_dump", flags...)
+				run(t, s, dump, "psql", "-q", "-v", "ON_ERROR_STOP=1", "-o", "/dev/null", s.DSN(tc.database))
+			} else {
+				file := filepath.Join(t.TempDir(), "dump")
+				run(t, s, nil, "pg_dump", append([]string{"-Fc", "-f", file}, flags...)...)
+				run(t, s, nil, "pg_restore", "--exit-on-error", "-d", s.DSN(tc.database), file)
+			}
+			plain := postgrestest.Connect(t, s, tc.database)
+			postgrestest.Exec(t, plain, "INSERT INTO t (w) VALUES ('c')", "UPDATE p1 SET id = 2", "TRUNCATE p", "CREATE TABLE u (id int)", "ALTER TABLE t ADD x int", "DROP TABLE u")
+			if n := query[int](t, plain, "SELECT count(*)::int FROM t"); n != 3 {
+				t.Errorf("%d rows, want 3", n)
+			}
+			// What is left of Quorate goes with one statement.
+			postgrestest.Exec(t, plain, "DROP SCHEMA quorate_fence CASCADE")
+			if n := query[int](t, plain, "SELECT count(*)::int FROM pg_trigger") + query[int](t, plain, "SELECT count(*)::int FROM pg_event_trigger"); n != 0 {
+				t.Errorf("%d triggers are left", n)
+			}
+		})
+	}
+}
+
+// Ordinary tools work on the leader: pgbench -i, pg_dump and psql or pg_restore
+// into it, with --disable-triggers too.
+func TestOrdinaryToolsOnTheLeader(t *testing.T) {
+	s, own, client := leader(t)
+	cmd := exec.Command(filepath.Join(s.BinDir, "pgbench"), "-i", "-s", "1", "--partitions=3", s.DSN("postgres"))
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("pgbench -i: %v\n%s", err, out)
+	}
+	cmd = exec.Command(filepath.Join(s.BinDir, "pgbench"), "-n", "-t", "50", "-c", "2", s.DSN("postgres"))
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("pgbench: %v\n%s", err, out)
+	}
+	captured(t, own)
+
+	file := filepath.Join(t.TempDir(), "dump")
+	run(t, s, nil, "pg_dump", "-Fc", "-f", file, "-t", "pgbench_*", s.DSN("postgres"))
+	postgrestest.Exec(t, client, "DROP TABLE pgbench_accounts, pgbench_branches, pgbench_history, pgbench_tellers")
+	run(t, s, nil, "pg_restore", "--exit-on-error", "-d", s.DSN("postgres"), file)
+	postgrestest.Exec(t, client, "TRUNCATE pgbench_accounts, pgbench_branches, pgbench_history, pgbench_tellers")
+	cmd = exec.Command(filepath.Join(s.BinDir, "pg_restore"), "--exit-on-error", "--data-only", "--disable-triggers", "-d", s.DSN("postgres"), file)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("pg_restore --disable-triggers: %v\n%s", err, out)
+	}
+	if n := query[int](t, client, "SELECT count(*)::int FROM pgbench_accounts"); n != 100000 {
+		t.Errorf("%d accounts", n)
+	}
+	if n := query[int](t, own, "SELECT count(*)::int FROM quorate.unfenced"); n != 0 {
+		t.Errorf("%d tables without a fence", n)
+	}
+	for _, sql := range statements(t, captured(t, own)) {
+		if len(sql) > 2000 {
+			t.Errorf("captured a statement of %d bytes", len(sql))
+		}
+	}
+}
