@@ -44,12 +44,8 @@ func startCluster(t testing.TB, replicas, groups int, configure func(*GroupConfi
 	c := &cluster{t: t, dir: t.TempDir(), groups: groups, configure: configure, addresses: make(map[paxosgroup.ReplicaID]string)}
 	listeners := make([]net.Listener, replicas)
 	for i := range replicas {
-		listener, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		listeners[i] = listener
-		c.addresses[paxosgroup.ReplicaID(i+1)] = listener.Addr().String()
+		listeners[i] = listen(t)
+		c.addresses[paxosgroup.ReplicaID(i+1)] = listeners[i].Addr().String()
 	}
 	c.nodes = make([]*node, replicas)
 	for i := range replicas {
@@ -85,6 +81,15 @@ func (c *cluster) groupConfig(id paxosgroup.GroupID, replica paxosgroup.ReplicaI
 		c.configure(&gc)
 	}
 	return gc
+}
+
+func listen(t testing.TB) net.Listener {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return listener
 }
 
 func (c *cluster) start(i int) {
@@ -161,19 +166,24 @@ func (c *cluster) leader(id paxosgroup.GroupID) *Group {
 	return leader
 }
 
-// propose proposes until it meets the leader.
-func (c *cluster) propose(id paxosgroup.GroupID, payload string) {
-	c.t.Helper()
+// propose proposes at whichever replica leads.
+func (c *cluster) propose(id paxosgroup.GroupID, payload string) error {
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 	defer cancel()
 	for {
-		_, _, err := c.leader(id).Propose(ctx, []byte(payload))
-		if err == nil {
-			return
+		for _, n := range c.nodes {
+			if n == nil {
+				continue
+			}
+			_, _, err := n.runner.Group(id).Propose(ctx, []byte(payload))
+			if err == nil {
+				return nil
+			}
+			if ctx.Err() != nil {
+				return err
+			}
 		}
-		if ctx.Err() != nil {
-			c.t.Fatal(err)
-		}
+		time.Sleep(5 * time.Millisecond)
 	}
 }
 

@@ -79,6 +79,7 @@ type Log struct {
 	queue    []*batch   // sealed, oldest first, those being written included
 	building *batch     // nil, or open for more
 	queued   int        // bytes in queue and building
+	spare    [][]byte   // buffers of flushed batches, to be filled again
 	stats    Stats
 
 	work    chan struct{} // holds a token when the writer has something to do
@@ -237,7 +238,7 @@ func (l *Log) segment(sequence uint32) *segment {
 func (l *Log) reserve(size int) *batch {
 	b := l.open()
 	if len(b.buf) == 0 {
-		b.buf = make([]byte, batchHeaderBytes, 4<<10)
+		b.buf = l.buffer()
 		l.queued += batchHeaderBytes
 	}
 	if b.end()+int64(size)+sealBytes <= b.seg.size {
@@ -259,7 +260,7 @@ func (l *Log) reserve(size int) *batch {
 	l.segments = append(l.segments, next)
 	l.offset = segmentHeaderBytes
 	b = l.open()
-	b.buf = make([]byte, batchHeaderBytes, batchHeaderBytes+stateBytes+size)
+	b.buf = l.buffer()
 	b.flush = true
 	for g, gr := range l.groups {
 		b.buf = appendRecord(b.buf, next.sequence, b.end(), typeState, g, func(dst []byte) []byte {
@@ -269,6 +270,31 @@ func (l *Log) reserve(size int) *batch {
 	}
 	l.queued += len(b.buf)
 	return b
+}
+
+const (
+	spareBuffersMax = 4
+	spareBytesMax   = 4 << 20 // of one
+)
+
+// buffer returns one with room for a batch's header. Called with mu held.
+func (l *Log) buffer() []byte {
+	if n := len(l.spare); n > 0 {
+		b := l.spare[n-1][:batchHeaderBytes]
+		l.spare = l.spare[:n-1]
+		clear(b)
+		return b
+	}
+	return make([]byte, batchHeaderBytes, 16<<10)
+}
+
+// recycle keeps the buffer of a flushed batch. Readers copy out of it with mu
+// held, and no longer find it. Called with mu held.
+func (l *Log) recycle(b *batch) {
+	if len(l.spare) < spareBuffersMax && cap(b.buf) >= batchHeaderBytes && cap(b.buf) <= spareBytesMax {
+		l.spare = append(l.spare, b.buf)
+	}
+	b.buf = nil
 }
 
 // seal closes the open batch and queues it. Called with mu held.

@@ -73,6 +73,7 @@ func (l *Log) flush(batches []*batch) {
 			for s, n := range b.released {
 				s.entries -= n
 			}
+			l.recycle(b)
 		}
 	}
 	var dead []*segment
