@@ -55,19 +55,19 @@ func (c *Config) complete() error {
 	}
 	var errs []error
 	if !replicationSlotName.MatchString(c.ReplicationSlot) {
-		errs = append(errs, fmt.Errorf("ReplicationSlot %q: a name has 1 to 63 lower-case letters, digits and underscores", c.ReplicationSlot))
+		errs = append(errs, fmt.Errorf("setting ReplicationSlot is %q: a name has 1 to 63 lower-case letters, digits and underscores", c.ReplicationSlot))
 	}
 	if c.Publication == "" {
-		errs = append(errs, errors.New("Publication is not set"))
+		errs = append(errs, errors.New("setting Publication is missing"))
 	}
 	if c.Handler == nil {
-		errs = append(errs, errors.New("Handler is not set"))
+		errs = append(errs, errors.New("setting Handler is missing"))
 	}
 	if c.FragmentBytesMax < 1 || c.FragmentBytesMax > fragmentBytesMaxLimit {
-		errs = append(errs, fmt.Errorf("FragmentBytesMax %d is not in 1 to %d", c.FragmentBytesMax, fragmentBytesMaxLimit))
+		errs = append(errs, fmt.Errorf("setting FragmentBytesMax is %d, not in 1 to %d", c.FragmentBytesMax, fragmentBytesMaxLimit))
 	}
 	if c.StatusInterval < 0 || c.ReceiveTimeout < 0 {
-		errs = append(errs, errors.New("StatusInterval and ReceiveTimeout must be above zero"))
+		errs = append(errs, errors.New("settings StatusInterval and ReceiveTimeout must be above zero"))
 	}
 	return errors.Join(errs...)
 }

@@ -248,7 +248,8 @@ func (d *decoder) onCommit(ctx context.Context, m []byte) error {
 	}
 	end := entry.LSN(binary.BigEndian.Uint64(m[10:]))
 	if end <= d.handed {
-		panic(fmt.Sprintf("capture: commit of transaction %d ends at %s, but everything up to %s was handed over", d.tx.begin.Xid, end, d.handed))
+		// Perhaps confirmed already: to go on would be to let it pass unlogged.
+		return fmt.Errorf("commit ends at %s, but the server said that everything up to %s was sent", end, d.handed)
 	}
 	tx := d.tx
 	d.tx = transaction{}

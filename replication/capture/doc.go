@@ -25,7 +25,10 @@
 //     whatever the size of a transaction.
 //
 // Assumed: the publication existed before the replication slot was made, and the
-// plugin is pgoutput. Transactions arrive when they commit (protocol version 1).
+// plugin is pgoutput. It (of PostgreSQL 15) does not notice a renamed schema and
+// goes on to describe tables under the old name until something about the table
+// or the publication changes: whatever renames a schema must also touch the
+// publication in the same transaction. Transactions arrive when they commit (protocol version 1).
 // Left out: two-phase commit, whose PREPARE is released by an idle position with
 // nothing in the log. The server must have max_prepared_transactions = 0.
 package capture

@@ -24,7 +24,7 @@ func openRefuses(t *testing.T, server *postgres.Server) {
 		change func(*Config)
 		want   string
 	}{
-		{"settings", func(c *Config) { c.ReplicationSlot, c.Publication, c.Handler = "Not One", "", nil }, "Publication is not set"},
+		{"settings", func(c *Config) { c.ReplicationSlot, c.Publication, c.Handler = "Not One", "", nil }, "setting Publication is missing"},
 		{"missing replication slot", func(c *Config) { c.ReplicationSlot = "no_such" }, "42704"},
 		{"no server", func(c *Config) { c.ConnString = "postgres://postgres@127.0.0.1:1/x" }, "connect for replication"},
 	} {
