@@ -16,7 +16,7 @@ import (
 const (
 	DefaultMaxAge          = 7 * 24 * time.Hour
 	DefaultMaxBytes        = 1 << 30
-	DefaultDuplicateWindow = 2 * time.Minute
+	DefaultDuplicateWindow = 2 * time.Second
 	DefaultPendingMax      = 512
 	DefaultAckTimeout      = 5 * time.Second
 )
@@ -38,10 +38,13 @@ type Config struct {
 	Server *Server
 	URL    string
 
-	Replicas        int           // of the stream; see ReplicasFor. 0: 1
-	MaxAge          time.Duration // of messages; but the last one is always kept. 0: DefaultMaxAge
-	MaxBytes        int64         // of the stream, in each replica; the oldest go first. 0: DefaultMaxBytes
-	DuplicateWindow time.Duration // of JetStream, for what consumers republish; not relied on. 0: DefaultDuplicateWindow
+	Replicas int           // of the stream; see ReplicasFor. 0: 1
+	MaxAge   time.Duration // of messages; but the last one is always kept. 0: DefaultMaxAge
+	MaxBytes int64         // of the stream, in each replica; the oldest go first. 0: DefaultMaxBytes
+	// DuplicateWindow is JetStream's; nothing relies on it. It is short because a
+	// message whose first copy a stream's leader lost track of is refused for
+	// as long. 0: DefaultDuplicateWindow
+	DuplicateWindow time.Duration
 
 	PendingMax int           // messages published and not acknowledged. 0: DefaultPendingMax
 	AckTimeout time.Duration // after which a message counts as lost. 0: DefaultAckTimeout

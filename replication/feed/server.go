@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/url"
 	"strconv"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -87,7 +88,7 @@ func (c *ServerConfig) options() (*server.Options, error) {
 		o.Cluster = server.ClusterOpts{
 			Name: c.ClusterName, Host: host, Port: port,
 			NoAdvertise: true,
-			Advertise:   "127.0.0.1:1", // nobody there, see Routes
+			Advertise:   nobody, // see Routes
 		}
 		for _, r := range c.Routes {
 			if _, _, err := splitAddr(r); err != nil {
@@ -104,6 +105,9 @@ func (c *ServerConfig) options() (*server.Options, error) {
 	}
 	return o, errors.Join(errs...)
 }
+
+// nobody is an address at which nobody listens.
+const nobody = "127.0.0.1:1"
 
 // splitAddr splits HOST:PORT. The server takes port 0 for its default, and -1
 // for any.
@@ -227,9 +231,16 @@ type serverLog struct {
 
 func (l *serverLog) Noticef(format string, v ...any) { l.logger.Debug(fmt.Sprintf(format, v...)) }
 func (l *serverLog) Warnf(format string, v ...any)   { l.logger.Warn(fmt.Sprintf(format, v...)) }
-func (l *serverLog) Errorf(format string, v ...any)  { l.logger.Error(fmt.Sprintf(format, v...)) }
 func (l *serverLog) Debugf(format string, v ...any)  { l.logger.Debug(fmt.Sprintf(format, v...)) }
 func (l *serverLog) Tracef(string, ...any)           {}
+
+func (l *serverLog) Errorf(format string, v ...any) {
+	level, text := slog.LevelError, fmt.Sprintf(format, v...)
+	if strings.Contains(text, "dial tcp "+nobody+":") {
+		level = slog.LevelDebug // as it is meant to be
+	}
+	l.logger.Log(context.Background(), level, text)
+}
 
 // Fatalf does not end the process, as the server's own log would.
 func (l *serverLog) Fatalf(format string, v ...any) {
