@@ -44,6 +44,8 @@ const (
 	// readyTimeout bounds how long a sandbox may take to have a leader and all
 	// regions caught up; a resumed one may have much to catch up with.
 	readyTimeout = 3 * time.Minute
+	// waitingSaidEvery is how often at most it is told what is waited for.
+	waitingSaidEvery = 3 * time.Second
 )
 
 // ErrRunning says that a supervisor runs this sandbox already.
@@ -366,7 +368,7 @@ func (s *Supervisor) AwaitReady(ctx context.Context) error {
 		return context.Cause(ctx)
 	}
 	var target uint64 // 0 until there is a leader; its log begins with its opening
-	said := ""
+	said, saidAt := "", time.Now()
 	for {
 		var waiting []string
 		healths := make([]Health, len(s.regions))
@@ -400,7 +402,7 @@ func (s *Supervisor) AwaitReady(ctx context.Context) error {
 			late = append(late, r)
 		}
 		if leader < 0 {
-			waiting = append(waiting, "no region takes writes")
+			waiting = append(waiting, "a region that takes writes")
 			if len(late) == 0 {
 				late = s.regions[:1]
 			}
@@ -409,9 +411,9 @@ func (s *Supervisor) AwaitReady(ctx context.Context) error {
 			return nil
 		}
 		line := "waiting for " + strings.Join(waiting, "; ")
-		if line != said {
+		if line != said && time.Since(saidAt) >= waitingSaidEvery {
 			s.progress(line)
-			said = line
+			said, saidAt = line, time.Now()
 		}
 		select {
 		case <-ctx.Done():
@@ -437,8 +439,8 @@ func (s *Supervisor) Down() error {
 		for i, r := range s.regions {
 			stopping.Go(func() { errs[i] = r.stop(ctx) })
 		}
-		stopping.Go(func() { s.stopJaeger(ctx) })
 		stopping.Wait()
+		s.stopJaeger() // last: the sidecars send it what they have left
 		s.downErr = errors.Join(errs...)
 		s.release()
 		close(s.down)
