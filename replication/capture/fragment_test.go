@@ -115,7 +115,7 @@ func largeTransaction(t *testing.T, server *postgres.Server) {
 		t.Fatalf("last row %q", s.last)
 	}
 	// A fragment, its encoding and a collector's round of garbage of the same.
-	const heapMax = 32 << 20
+	const heapMax = 16 << 20
 	if grown := int64(s.heapPeak) - int64(before.HeapInuse); grown > heapMax {
 		t.Fatalf("heap grew by %d bytes for a transaction of %d", grown, s.bytes)
 	}
