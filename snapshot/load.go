@@ -34,6 +34,9 @@ type LoadConfig struct {
 	Logger   *slog.Logger
 }
 
+// manifestBytesMax allows for some hundred thousand tables.
+const manifestBytesMax = 256 << 20
+
 // Progress says how far a load is.
 type Progress struct {
 	Phase      string // schema, data, indexes, analyze
@@ -97,7 +100,9 @@ func Load(ctx context.Context, cfg LoadConfig) (Manifest, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	client := snapshotpb.NewSnapshotClient(cfg.Client)
-	stream, err := client.Open(ctx, &snapshotpb.OpenRequest{ClusterId: cfg.ClusterID, Protocol: protocol})
+	imageCtx, release := context.WithCancel(ctx)
+	defer release()
+	stream, err := client.Open(imageCtx, &snapshotpb.OpenRequest{ClusterId: cfg.ClusterID, Protocol: protocol}, grpc.MaxCallRecvMsgSize(manifestBytesMax))
 	if err != nil {
 		return Manifest{}, fmt.Errorf("open a snapshot: %w", err)
 	}
@@ -108,18 +113,21 @@ func Load(ctx context.Context, cfg LoadConfig) (Manifest, error) {
 	if m.ClusterId != cfg.ClusterID || m.Protocol != protocol {
 		return Manifest{}, fmt.Errorf("open a snapshot: an image of cluster %q by protocol %d, expected cluster %q by %d", m.ClusterId, m.Protocol, cfg.ClusterID, protocol)
 	}
-	// The image lives as long as this stream: its end is the end of the load.
+	// The image lives as long as this stream: its end, before all is here, is the
+	// end of the load.
+	l := &loader{cfg: &cfg, client: client, m: m, rows: make([]atomic.Uint64, len(m.Tables)), release: release}
 	released := make(chan struct{})
 	go func() {
 		defer close(released)
 		_, err := stream.Recv()
-		cancel(fmt.Errorf("the source gave up the image: %w", err))
+		if !l.completed.Load() {
+			cancel(fmt.Errorf("the source gave up the image: %w", err))
+		}
 	}()
 	defer func() {
-		cancel(nil)
+		release()
 		<-released
 	}()
-	l := &loader{cfg: &cfg, client: client, m: m, rows: make([]atomic.Uint64, len(m.Tables))}
 	if err := l.run(ctx); err != nil {
 		if ctx.Err() != nil && context.Cause(ctx) != nil {
 			err = context.Cause(ctx)
@@ -135,6 +143,9 @@ type loader struct {
 	m      *snapshotpb.Manifest
 	notes  []string
 	rows   []atomic.Uint64 // by table
+
+	release   func() // ends the image
+	completed atomic.Bool
 
 	mu       sync.Mutex
 	progress Progress // guarded by mu
@@ -186,10 +197,13 @@ func (l *loader) run(ctx context.Context) error {
 	}); err != nil {
 		return err
 	}
-	// All is here: the source need not keep the snapshot, but must say it is good.
+	// All is here. The source must say that it is good, and then need not hold
+	// back vacuum while indexes are built.
 	if _, err := l.client.Complete(ctx, &snapshotpb.CompleteRequest{Image: l.m.Image}); err != nil {
 		return fmt.Errorf("complete the image: %w", err)
 	}
+	l.completed.Store(true)
+	l.release()
 	if err := step("indexes", func() error {
 		if err := archive.restore(ctx, "post-data"); err != nil {
 			return err

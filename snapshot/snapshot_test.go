@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -148,13 +149,69 @@ func one[T any](t testing.TB, conn *pgx.Conn, query string, args ...any) T {
 	return v
 }
 
-// servers starts two PostgreSQL servers that differ in a detail no image may
-// depend on.
+// shared are two servers for the tests of the package, which use databases of
+// their own in them. The destination's settings are in the way of every session
+// that does not set its own.
+var shared struct {
+	once                sync.Once
+	source, destination *postgres.Server
+	err                 error
+}
+
+func TestMain(m *testing.M) {
+	code := m.Run()
+	for _, s := range []*postgres.Server{shared.source, shared.destination} {
+		if s == nil {
+			continue
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+		if err := s.Stop(ctx, syscall.SIGQUIT); err != nil {
+			fmt.Fprintln(os.Stderr, "stop postgres:", err)
+		}
+		cancel()
+		os.RemoveAll(s.Dir)
+	}
+	os.Exit(code)
+}
+
+func startServer(settings map[string]string) (*postgres.Server, error) {
+	bin, err := postgres.BinDir()
+	if err != nil {
+		return nil, err
+	}
+	// Not a directory of the test's: user postgres must be able to enter it.
+	dir, err := os.MkdirTemp("/tmp", "quorate-snapshot-pg-")
+	if err != nil {
+		return nil, err
+	}
+	if err := os.Chmod(dir, 0o755); err != nil {
+		return nil, err
+	}
+	port, err := postgres.FreePort()
+	if err != nil {
+		return nil, err
+	}
+	s := &postgres.Server{BinDir: bin, Dir: dir, Port: port, Settings: settings}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	if err := s.Init(ctx); err != nil {
+		return nil, err
+	}
+	_, err = s.Start(ctx)
+	return s, err
+}
+
 func servers(t testing.TB) (source, destination *postgres.Server) {
 	t.Helper()
-	source = postgrestest.Start(t, map[string]string{"max_wal_size": "4GB"})
-	destination = postgrestest.Start(t, map[string]string{"max_wal_size": "4GB", "default_transaction_read_only": "on"})
-	return source, destination
+	shared.once.Do(func() {
+		if shared.source, shared.err = startServer(map[string]string{"max_wal_size": "4GB"}); shared.err == nil {
+			shared.destination, shared.err = startServer(map[string]string{"max_wal_size": "4GB", "default_transaction_read_only": "on"})
+		}
+	})
+	if shared.err != nil {
+		t.Fatal(shared.err)
+	}
+	return shared.source, shared.destination
 }
 
 func newWritable(t testing.TB, s *postgres.Server, prefix string) string {
@@ -477,7 +534,8 @@ func TestBrokenTransport(t *testing.T) {
 
 // TestSourceKilled kills the source's PostgreSQL in the middle of the data.
 func TestSourceKilled(t *testing.T) {
-	src, dst := servers(t)
+	_, dst := servers(t)
+	src := postgrestest.Start(t, nil)
 	db := newDatabase(t, src, "s")
 	conn := postgrestest.Connect(t, src, db)
 	postgrestest.Exec(t, conn, `CREATE TABLE a (id int, h text)`, `INSERT INTO a SELECT g, md5(g::text) || md5((-g)::text) FROM generate_series(1, 200000) g`)
@@ -498,7 +556,7 @@ func TestSourceKilled(t *testing.T) {
 		}
 	}
 	_, err := Load(t.Context(), cfg)
-	if err == nil || src == nil {
+	if err == nil {
 		t.Fatal("loaded from a dead source")
 	}
 	t.Log(err)

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strconv"
 	"strings"
 	"time"
 
@@ -142,15 +143,17 @@ func (s *Session) try(ctx context.Context, batch []Transaction, force, rowByRow 
 	return s.commit(ctx, &batch[len(batch)-1], force)
 }
 
+// The second column says whether the commit will have a record at all; without
+// one the position stays where it was.
 const (
-	commitSQL = "SELECT pg_replication_origin_xact_setup($1::pg_lsn, $2::timestamptz), pg_current_xact_id_if_assigned()::text"
-	forcedSQL = "SELECT pg_replication_origin_xact_setup($1::pg_lsn, $2::timestamptz), pg_current_xact_id()::text"
+	positionSQL       = "SELECT pg_replication_origin_xact_setup($1::pg_lsn, $2::timestamptz), pg_current_xact_id_if_assigned()::text"
+	forcedPositionSQL = "SELECT pg_replication_origin_xact_setup($1::pg_lsn, $2::timestamptz), pg_current_xact_id()::text"
 )
 
 func (s *Session) commit(ctx context.Context, last *Transaction, force bool) (bool, error) {
-	sql := commitSQL
+	st := s.plans.position
 	if force {
-		sql = forcedSQL
+		st = s.plans.forcedPosition
 	}
 	at := last.CommitTime
 	if at.IsZero() {
@@ -160,10 +163,21 @@ func (s *Session) commit(ctx context.Context, last *Transaction, force bool) (bo
 		at = time.Now()
 	}
 	p := s.conn.PgConn().StartPipeline(ctx)
-	p.SendQueryParams(sql, [][]byte{[]byte(pglogrepl.LSN(last.Slot).String()), []byte(at.UTC().Format("2006-01-02 15:04:05.999999+00"))}, nil, nil, nil)
+	prepare := st.name == ""
+	if prepare {
+		s.plans.statements++
+		st.name = "replay_" + strconv.Itoa(s.plans.statements)
+		p.SendPrepare(st.name, st.sql, nil)
+	}
+	p.SendQueryPrepared(st.name, [][]byte{[]byte(pglogrepl.LSN(last.Slot).String()), []byte(at.UTC().Format("2006-01-02 15:04:05.999999+00"))}, nil, nil)
 	p.SendQueryParams("COMMIT", nil, nil, nil, nil)
 	if err := p.Sync(); err != nil {
 		return false, fmt.Errorf("commit: %w", err)
+	}
+	if prepare {
+		if _, err := p.GetResults(); err != nil {
+			return false, fmt.Errorf("commit: %w", err)
+		}
 	}
 	var wrote bool
 	for i := range 2 {
@@ -249,7 +263,7 @@ func (a *applier) transaction(t *Transaction) error {
 	return nil
 }
 
-// at says in which slot an error arose.
+// at says in which slot an error arose, or came to light: answers lag behind.
 func (a *applier) at(err error) error {
 	var conflict *ConflictError
 	if errors.As(err, &conflict) {
@@ -258,7 +272,7 @@ func (a *applier) at(err error) error {
 		}
 		return err
 	}
-	return fmt.Errorf("slot %d: %w", a.slot, err)
+	return fmt.Errorf("at slot %d: %w", a.slot, err)
 }
 
 func (a *applier) fragments(t *Transaction) error {

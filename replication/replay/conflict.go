@@ -47,7 +47,7 @@ func isConflict(err error) bool {
 		return false
 	}
 	switch pg.Code[:2] {
-	case "0A", "21", "22", "23", "25", "2B", "2F", "38", "39", "3D", "3F", "42", "44", "P0":
+	case "0A", "21", "22", "23", "2B", "2F", "38", "39", "3D", "3F", "42", "44", "54", "P0":
 		return true
 	}
 	return pg.Code == "55000"

@@ -56,17 +56,20 @@ type planCache struct {
 	targets    map[[2]string]*target
 	statements int
 	last       *plan
+
+	position, forcedPosition *statement
 }
 
 func newPlanCache() *planCache {
-	return &planCache{plans: make(map[*entry.Relation]*plan), targets: make(map[[2]string]*target)}
+	return &planCache{plans: make(map[*entry.Relation]*plan), targets: make(map[[2]string]*target),
+		position: &statement{sql: positionSQL}, forcedPosition: &statement{sql: forcedPositionSQL}}
 }
 
 // full reports that the cache must start anew before it grows further.
 func (c *planCache) full() bool { return len(c.plans) >= plansMax || c.statements >= statementsMax }
 
-// plan returns the plan for a relation. The connection must be free for queries
-// if it is not known yet.
+// load makes the plan for a relation. The connection must be free for queries
+// for that.
 func (c *planCache) load(ctx context.Context, conn *pgx.Conn, rel *entry.Relation) (*plan, error) {
 	id := [2]string{rel.Schema, rel.Name}
 	t := c.targets[id]

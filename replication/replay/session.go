@@ -228,18 +228,22 @@ func (s *Session) setup(ctx context.Context, conn *pgx.Conn) (uint64, error) {
 	if _, err := conn.Exec(ctx, create, s.cfg.Origin); err != nil && !isCode(err, "23505") {
 		return 0, fmt.Errorf("create replication origin %q: %w", s.cfg.Origin, err)
 	}
+	var inUse error
 	for {
 		_, err := conn.Exec(ctx, `SELECT pg_replication_origin_session_setup($1)`, s.cfg.Origin)
 		if err == nil {
 			break
 		}
+		if ctx.Err() != nil && inUse != nil {
+			return 0, fmt.Errorf("replication origin %q stays held by another session: %w", s.cfg.Origin, inUse)
+		}
 		if !isCode(err, "55006") { // object_in_use
 			return 0, fmt.Errorf("set up replication origin %q: %w", s.cfg.Origin, err)
 		}
+		inUse = err
 		s.endFormerLife(ctx, err)
 		select {
 		case <-ctx.Done():
-			return 0, fmt.Errorf("replication origin %q stays held by another session: %w", s.cfg.Origin, err)
 		case <-time.After(10 * time.Millisecond):
 		}
 	}

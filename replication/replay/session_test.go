@@ -343,7 +343,7 @@ func TestFormerLife(t *testing.T) {
 	p.apply(s, p.transactions())
 
 	cfg := p.config()
-	cfg.ApplicationName, cfg.ConnectTimeout = "somebody else", 300*time.Millisecond
+	cfg.ApplicationName, cfg.ConnectTimeout = "somebody else", time.Second
 	if _, err := Connect(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), "held by another session") {
 		t.Fatalf("a stranger's origin was taken: %v", err)
 	}
