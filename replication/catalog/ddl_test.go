@@ -190,6 +190,9 @@ func TestDDLStatementsOfABatch(t *testing.T) {
 		{"CREATE TEMP TABLE f (); CREATE TABLE g ()", []string{"CREATE TABLE g ()"}},
 		{"CREATE ROLE somebody; GRANT pg_monitor TO somebody; GRANT SELECT ON a TO somebody", []string{"GRANT SELECT ON a TO somebody"}},
 		{"SELECT 1", nil},
+		{"CREATE TEMP TABLE IF NOT EXISTS f ()", nil},
+		{"CREATE TABLE IF NOT EXISTS a (x int)", nil},
+		{"CREATE TABLE IF NOT EXISTS a2 (x int)", []string{"CREATE TABLE IF NOT EXISTS a2 (x int)"}},
 		{"BEGIN; CREATE TABLE z (); ROLLBACK", nil},
 		{"DO $$ BEGIN CREATE TABLE n1 (); CREATE TABLE n2 (); END $$", []string{"CREATE TABLE n1 ()", "CREATE TABLE n2 ()"}},
 	} {
@@ -217,6 +220,7 @@ func TestDDLThatCannotBeReplicatedIsRefused(t *testing.T) {
 		"ALTER TABLE t ALTER w TYPE float USING random()",
 		"ALTER TABLE t ALTER w TYPE text USING current_timestamp::text",
 		"ALTER TABLE t SET UNLOGGED",
+		"CREATE TEMP TABLE tmp (x int); CREATE TABLE like_tmp (LIKE tmp)",
 		"ALTER TABLE parent DETACH PARTITION child CONCURRENTLY",
 		"CREATE SUBSCRIPTION s CONNECTION 'dbname=x' PUBLICATION p WITH (connect = false)",
 		"DO $$ BEGIN EXECUTE 'CREATE TABLE m1 (); CREATE TABLE m2 ()'; END $$",
@@ -257,6 +261,23 @@ func TestForgedDDLIsNotAuthentic(t *testing.T) {
 	changed := strings.Replace(string(contents[0]), "CREATE TABLE t ()", "CREATE TABLE u ()", 1)
 	if catalog.Authentic(id.DDLKey, []byte(changed)) {
 		t.Error("a changed message passes")
+	}
+}
+
+// What the event trigger writes is replayed as the role it names, so no user's
+// code that runs within a command may write in its place.
+func TestNobodyElseCanCapture(t *testing.T) {
+	_, own, client := leader(t)
+	postgrestest.Exec(t, own, "CREATE ROLE app", "GRANT CREATE ON DATABASE postgres TO app")
+	postgrestest.Exec(t, client, "SET ROLE app", "CREATE SCHEMA app", "CREATE TABLE app.t (id int)", "INSERT INTO app.t VALUES (1)",
+		`CREATE FUNCTION app.evil(id int) RETURNS int LANGUAGE plpgsql IMMUTABLE AS $$ BEGIN
+			PERFORM quorate.ddl_end('CREATE FUNCTION', '{"role": "postgres", "settings": {}}'); RETURN id; END $$`)
+	refused(t, client, "42501", "CREATE INDEX ON app.t (app.evil(id))")
+	postgrestest.Exec(t, client, `SET quorate.caller = '{"role": "postgres", "settings": {}}'`, "CREATE TABLE app.u ()")
+	for _, content := range captured(t, own) {
+		if d, err := catalog.DecodeDDL(content); err != nil || d.Role != "app" {
+			t.Errorf("%s: %v", content, err)
+		}
 	}
 }
 

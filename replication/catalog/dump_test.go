@@ -8,6 +8,7 @@ import (
 
 	"quorate/deploy/sandbox/postgres"
 	"quorate/deploy/sandbox/postgres/postgrestest"
+	"quorate/replication/catalog"
 )
 
 // run runs one of PostgreSQL's own programs and wants it to say nothing on
@@ -50,6 +51,17 @@ func TestDumpRestoresIntoAPlainServer(t *testing.T) {
 			postgrestest.Exec(t, plain, "INSERT INTO t (w) VALUES ('c')", "UPDATE p1 SET id = 2", "TRUNCATE p", "CREATE TABLE u (id int)", "ALTER TABLE t ADD x int", "DROP TABLE u")
 			if n := query[int](t, plain, "SELECT count(*)::int FROM t"); n != 3 {
 				t.Errorf("%d rows, want 3", n)
+			}
+			if tc.name == "custom" {
+				// It can be made a region again.
+				again := sidecarTo(t, s, tc.database)
+				if err := catalog.Install(ctx(t), again, catalog.Options{ClusterID: "c2", Region: "r9"}); err != nil {
+					t.Fatal(err)
+				}
+				refused(t, plain, "25006", "INSERT INTO t (w) VALUES ('d')")
+				open(t, again, 1)
+				postgrestest.Exec(t, plain, "INSERT INTO t (w) VALUES ('d')")
+				return
 			}
 			// What is left of Quorate goes with one statement.
 			postgrestest.Exec(t, plain, "DROP SCHEMA quorate_fence CASCADE")

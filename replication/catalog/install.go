@@ -223,7 +223,7 @@ func Uninstall(ctx context.Context, conn *pgx.Conn, o UninstallOptions) error {
 		}
 	}
 	return bookkeeping(ctx, conn, func(tx pgx.Tx) error {
-		if _, err := tx.Exec(ctx, `DROP EVENT TRIGGER IF EXISTS quorate_ddl_start, quorate_ddl_drop, quorate_table_rewrite, quorate_ddl_end`); err != nil {
+		if _, err := tx.Exec(ctx, `DROP EVENT TRIGGER IF EXISTS quorate_ddl_start, quorate_ddl_drop, quorate_table_rewrite, quorate_ddl_end, quorate_ddl_end_capture`); err != nil {
 			return fmt.Errorf("drop the event triggers: %w", err)
 		}
 		for _, drop := range []string{

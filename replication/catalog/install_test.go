@@ -28,7 +28,12 @@ func installed(t *testing.T) (*postgres.Server, *pgx.Conn) {
 // sidecar connects as a sidecar does.
 func sidecar(t *testing.T, s *postgres.Server) *pgx.Conn {
 	t.Helper()
-	cfg, err := pgx.ParseConfig(s.DSN("postgres"))
+	return sidecarTo(t, s, "postgres")
+}
+
+func sidecarTo(t *testing.T, s *postgres.Server, database string) *pgx.Conn {
+	t.Helper()
+	cfg, err := pgx.ParseConfig(s.DSN(database))
 	if err != nil {
 		t.Fatal(err)
 	}

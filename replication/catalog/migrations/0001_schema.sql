@@ -9,6 +9,10 @@
 -- function either has its own search_path or, where its cost counts, spells the
 -- operator out.
 
+-- A dump that was restored here may have brought these along; they would look
+-- for functions that are not there yet.
+DROP EVENT TRIGGER IF EXISTS quorate_ddl_start, quorate_ddl_drop, quorate_table_rewrite, quorate_ddl_end, quorate_ddl_end_capture;
+
 CREATE SCHEMA quorate;
 CREATE SCHEMA IF NOT EXISTS quorate_fence;
 GRANT USAGE ON SCHEMA quorate, quorate_fence TO PUBLIC;
@@ -572,10 +576,11 @@ BEGIN
     END IF;
 END $$;
 
--- ddl_end captures the command as a message within its transaction. role and
--- settings are the caller's; it runs as its owner.
-CREATE FUNCTION quorate.ddl_end(tag text, role text, settings jsonb) RETURNS void
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lc_messages = 'C' AS $ddl_end$
+-- ddl_end captures the command as a message within its transaction. caller has
+-- the role and the settings under which it ran. Only the event trigger may call
+-- it: what it writes is replayed as the role that it names.
+CREATE FUNCTION quorate.ddl_end(tag text, caller jsonb) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET lc_messages = 'C' AS $ddl_end$
 DECLARE
     context  text;
     dropped  text := coalesce(current_setting('quorate.dropped', true), '');
@@ -595,7 +600,7 @@ BEGIN
         RETURN;
     END IF;
     PERFORM set_config('quorate.dropped', '', true), set_config('quorate.retyped', '', true);
-    context := coalesce(substring(context FROM '\nPL/pgSQL function quorate_fence\.ddl_end\(\) line \d+ at PERFORM(?:\n(.*))?$'), '');
+    context := coalesce(substring(context FROM '\nPL/pgSQL function quorate_fence\.ddl_end_capture\(\) line \d+ at PERFORM(?:\n(.*))?$'), '');
     IF tag IN ('CREATE EXTENSION', 'ALTER EXTENSION') THEN
         PERFORM set_config('quorate.in_extension', '', true);
     ELSIF coalesce(current_setting('quorate.in_extension', true), '') = 'on' THEN
@@ -630,8 +635,9 @@ BEGIN
         PERFORM quorate.refuse_ours();
     END IF;
     text_of := quorate.this_statement(tag, context); -- counts, so also for what is then left out
-    IF NOT lasting AND (temps OR tag LIKE 'DROP %' AND tag <> 'DROP OWNED') THEN
-        RETURN; -- temporary objects, and DROP … IF EXISTS of nothing
+    IF NOT lasting AND (temps OR tag LIKE 'DROP %' AND tag <> 'DROP OWNED'
+                        OR tag ~ '^(CREATE|ALTER) ' AND text_of ~* '\mif\s+(not\s+)?exists\M') THEN
+        RETURN; -- temporary objects, and what IF EXISTS and IF NOT EXISTS left undone
     END IF;
     PERFORM quorate.refuse_ddl(tag);
     IF temps AND tag LIKE 'DROP %' THEN
@@ -644,6 +650,12 @@ BEGIN
             HINT = CASE WHEN tag IN ('CREATE TABLE AS', 'SELECT INTO')
                 THEN 'Create the table first (CREATE TABLE … AS … WITH NO DATA, or with its columns), then INSERT … SELECT.'
                 ELSE 'It would act in every region; there is no way to carry it.' END;
+    END IF;
+    IF tag = 'CREATE TABLE' AND pg_my_temp_schema() <> 0 AND EXISTS (
+        SELECT FROM quorate.split(text_of) s, regexp_matches(s.bare, '\mlike\s+("[^"]+"|[[:alnum:]_$.]+)', 'gi') f
+          JOIN pg_class c ON c.oid = to_regclass(f[1]) AND c.relpersistence = 't') THEN
+        RAISE EXCEPTION USING ERRCODE = '0A000', MESSAGE = 'cannot replicate CREATE TABLE … LIKE a temporary table',
+            HINT = 'Name the columns; the temporary table is in no other region.';
     END IF;
     IF tag = 'ALTER TABLE' THEN
         FOR relation IN
@@ -668,11 +680,12 @@ BEGIN
         END IF;
     END IF;
     text_of := quorate.without_concurrently(tag, text_of);
-    content := jsonb_build_object('version', 1, 'tag', tag, 'statement', text_of, 'role', role, 'settings', settings, 'objects', objects)::text;
+    content := (caller || jsonb_build_object('version', 1, 'tag', tag, 'statement', text_of, 'objects', objects))::text;
     PERFORM pg_logical_emit_message(true, 'quorate.ddl', '{"mac": "'
         || encode(sha256((SELECT i.ddl_key FROM quorate.identity i) || sha256((SELECT i.ddl_key FROM quorate.identity i) || convert_to(content, 'UTF8'))), 'hex')
         || '", ' || substr(content, 2));
 END $ddl_end$;
+REVOKE ALL ON FUNCTION quorate.ddl_end(text, jsonb) FROM PUBLIC;
 
 -- What the event triggers call. They run as the caller, whose role, search_path
 -- and settings are what replay needs, and do nothing outside a cluster.
@@ -697,10 +710,13 @@ BEGIN
     END IF;
 END $$;
 
+-- ddl_end only notes who runs the command and how, as its caller: right after
+-- it, ddl_end_capture does the rest as its owner, and nobody can call either of
+-- them or come between.
 CREATE OR REPLACE FUNCTION quorate_fence.ddl_end() RETURNS event_trigger LANGUAGE plpgsql AS $$
 BEGIN
-    IF pg_catalog.to_regclass('quorate.open') IS NOT NULL THEN
-        PERFORM quorate.ddl_end(TG_TAG, current_user::text, pg_catalog.jsonb_strip_nulls(pg_catalog.jsonb_build_object(
+    PERFORM pg_catalog.set_config('quorate.caller', pg_catalog.jsonb_build_object('role', current_user::text, 'settings',
+        pg_catalog.jsonb_strip_nulls(pg_catalog.jsonb_build_object(
             'search_path', pg_catalog.current_setting('search_path'),
             'DateStyle', pg_catalog.current_setting('DateStyle'),
             'IntervalStyle', pg_catalog.current_setting('IntervalStyle'),
@@ -711,7 +727,14 @@ BEGIN
             'xmloption', pg_catalog.current_setting('xmloption'),
             'default_tablespace', pg_catalog.current_setting('default_tablespace'),
             'default_table_access_method', pg_catalog.current_setting('default_table_access_method'),
-            'default_toast_compression', pg_catalog.current_setting('default_toast_compression', true))));
+            'default_toast_compression', pg_catalog.current_setting('default_toast_compression', true))))::text, true);
+END $$;
+
+CREATE OR REPLACE FUNCTION quorate_fence.ddl_end_capture() RETURNS event_trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lc_messages = 'C' AS $$
+BEGIN
+    IF to_regclass('quorate.open') IS NOT NULL THEN
+        PERFORM quorate.ddl_end(TG_TAG, current_setting('quorate.caller')::jsonb);
     END IF;
 END $$;
 
@@ -774,13 +797,14 @@ REVOKE ALL ON FUNCTION quorate.prune_log(interval, bigint) FROM PUBLIC;
 
 ----------------------------------------------------------- event triggers
 
--- A dump that was restored here may have brought them along.
-DROP EVENT TRIGGER IF EXISTS quorate_ddl_start, quorate_ddl_drop, quorate_table_rewrite, quorate_ddl_end;
 CREATE EVENT TRIGGER quorate_ddl_start ON ddl_command_start EXECUTE FUNCTION quorate_fence.ddl_start();
 CREATE EVENT TRIGGER quorate_ddl_drop ON sql_drop EXECUTE FUNCTION quorate_fence.ddl_drop();
 CREATE EVENT TRIGGER quorate_table_rewrite ON table_rewrite EXECUTE FUNCTION quorate_fence.table_rewrite();
+-- Those of one event fire in the order of their names.
 CREATE EVENT TRIGGER quorate_ddl_end ON ddl_command_end EXECUTE FUNCTION quorate_fence.ddl_end();
+CREATE EVENT TRIGGER quorate_ddl_end_capture ON ddl_command_end EXECUTE FUNCTION quorate_fence.ddl_end_capture();
 ALTER EVENT TRIGGER quorate_ddl_start ENABLE ALWAYS;
 ALTER EVENT TRIGGER quorate_ddl_drop ENABLE ALWAYS;
 ALTER EVENT TRIGGER quorate_table_rewrite ENABLE ALWAYS;
 ALTER EVENT TRIGGER quorate_ddl_end ENABLE ALWAYS;
+ALTER EVENT TRIGGER quorate_ddl_end_capture ENABLE ALWAYS;
