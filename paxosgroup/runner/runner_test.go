@@ -105,6 +105,7 @@ func TestAnotherReplicaLeadsWhenTheLeaderIsKilled(t *testing.T) {
 	c := startCluster(t, 5, 1, nil)
 	first := c.leader(1).Status()
 	c.proposeMany(1, 0, 50, 10)
+	c.awaitEqual(1, 50) // what is only proposed may die with the leader
 	c.stop(int(first.ID) - 1)
 	second := c.leader(1).Status()
 	if second.ID == first.ID || !first.Ballot.Less(second.Ballot) {
@@ -124,7 +125,7 @@ func TestReadFromMemoryAndDiskAgree(t *testing.T) {
 		small.leader(1).Resign()
 		small.proposeMany(1, 20*(k+1), 20, 10)
 	}
-	small.awaitEqual(1, 60)
+	small.awaitEqual(1, 20) // what was proposed last in a term may be lost
 	for _, n := range small.nodes {
 		g := n.runner.Group(1)
 		_, all := payloads(t, g)
