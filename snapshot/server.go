@@ -200,7 +200,7 @@ func (s *Server) Fetch(req *snapshotpb.FetchRequest, stream grpc.ServerStreaming
 func (s *Server) dumpSchema(ctx context.Context, img *image, w *chunkWriter) error {
 	cmd, said, err := program(ctx, s.cfg.BinDir, "pg_dump", img.exported.ConnString, sourceSettings,
 		"--format=custom", "--compress=0", "--schema-only", "--snapshot="+img.exported.SnapshotName,
-		"--exclude-schema="+entry.LocalSchema, "--no-subscriptions", "--no-tablespaces", "--encoding=UTF8")
+		"--exclude-schema="+entry.LocalSchema, "--exclude-schema="+entry.FenceSchema, "--no-subscriptions", "--no-tablespaces", "--encoding=UTF8")
 	if err != nil {
 		return err
 	}

@@ -43,7 +43,7 @@ type survey struct {
 }
 
 // userSchema is true of the schemas whose objects are shipped.
-const userSchema = `n.nspname NOT IN ('pg_catalog', 'information_schema', 'pg_toast', '` + entry.LocalSchema + `') AND n.nspname NOT LIKE 'pg\_temp\_%' AND n.nspname NOT LIKE 'pg\_toast\_temp\_%'`
+const userSchema = `n.nspname NOT IN ('pg_catalog', 'information_schema', 'pg_toast', '` + entry.LocalSchema + `', '` + entry.FenceSchema + `') AND n.nspname NOT LIKE 'pg\_temp\_%' AND n.nspname NOT LIKE 'pg\_toast\_temp\_%'`
 
 func (s *survey) run(ctx context.Context) ([]partQuery, error) {
 	for _, step := range []func(context.Context) error{s.database, s.refusals, s.names, s.sequences, s.excluded} {
@@ -146,12 +146,12 @@ func (s *survey) sequences(ctx context.Context) error {
 // which is also how the archive's table of contents names it.
 func (s *survey) excluded(ctx context.Context) error {
 	rows, err := s.conn.Query(ctx, `
-		SELECT 'pg_trigger'::regclass::oid, t.oid FROM pg_trigger t JOIN pg_proc f ON f.oid = t.tgfoid JOIN pg_namespace n ON n.oid = f.pronamespace WHERE n.nspname = $1
-		UNION ALL SELECT 'pg_event_trigger'::regclass, e.oid FROM pg_event_trigger e JOIN pg_proc f ON f.oid = e.evtfoid JOIN pg_namespace n ON n.oid = f.pronamespace WHERE n.nspname = $1
+		SELECT 'pg_trigger'::regclass::oid, t.oid FROM pg_trigger t JOIN pg_proc f ON f.oid = t.tgfoid JOIN pg_namespace n ON n.oid = f.pronamespace WHERE n.nspname = ANY ($1)
+		UNION ALL SELECT 'pg_event_trigger'::regclass, e.oid FROM pg_event_trigger e JOIN pg_proc f ON f.oid = e.evtfoid JOIN pg_namespace n ON n.oid = f.pronamespace WHERE n.nspname = ANY ($1)
 		UNION ALL SELECT 'pg_publication'::regclass, oid FROM pg_publication WHERE pubname = $2
 		UNION ALL SELECT 'pg_publication_rel'::regclass, r.oid FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid WHERE p.pubname = $2
 		UNION ALL SELECT 'pg_publication_namespace'::regclass, r.oid FROM pg_publication_namespace r JOIN pg_publication p ON p.oid = r.pnpubid WHERE p.pubname = $2`,
-		entry.LocalSchema, s.cfg.Publication)
+		[]string{entry.LocalSchema, entry.FenceSchema}, s.cfg.Publication)
 	if err == nil {
 		s.m.Excluded, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (*snapshotpb.CatalogEntry, error) {
 			var e snapshotpb.CatalogEntry

@@ -96,6 +96,9 @@ const LocalPrefix = "quorate.local"
 // drops their changes.
 const LocalSchema = "quorate"
 
+// FenceSchema holds the functions that a region's triggers call. It has no tables.
+const FenceSchema = "quorate_fence"
+
 // TracePrefix is the prefix of the logical message that carries the client's
 // W3C traceparent inside its transaction.
 const TracePrefix = "traceparent"
