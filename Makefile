@@ -31,6 +31,11 @@ lint:
 race: setup
 	go test -race -timeout 15m ./deploy/... ./paxosgroup/... ./replication/... ./sidecar/... ./snapshot/... ./tracing/...
 
+# The simulator under seeds drawn anew; what fails prints the seed to replay.
+SEEDS ?= 1000
+sim:
+	go test ./test/sim -count=1 -timeout 60m -sim.seeds=$(SEEDS) -sim.from=$$(od -An -N4 -tu4 /dev/urandom | tr -d ' ')
+
 # FUZZTIME for each fuzz test of the project.
 FUZZTIME ?= 30s
 fuzz:

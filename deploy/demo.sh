@@ -35,6 +35,8 @@ fi
 up=(dev up --dir "$dir" --wan global --feed --detach)
 [ -n "${JAEGER:-}" ] && up+=(--jaeger)
 "$ctl" "${up[@]}" >/dev/null
+# psql of the servers' version, where none is on the PATH.
+PATH=$PATH:$(sed -n 's/^ *bin_dir: //p' "$dir/r1/region.yaml")
 [ -t 1 ] && trap '"$ctl" dev down --dir "$dir"' EXIT
 
 leader=$("$ctl" leader --dir "$dir")
