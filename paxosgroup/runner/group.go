@@ -21,7 +21,8 @@ type Group struct {
 
 	status  atomic.Pointer[paxosgroup.Status]
 	applied atomic.Uint64
-	// unflushed counts the Readies whose records are with the log.
+	// unflushed counts the Readies whose records are with the log and not
+	// flushed. While there are any, every AfterSync goes by way of the log.
 	unflushed atomic.Int64
 	needImage atomic.Bool
 
@@ -150,13 +151,16 @@ func (g *Group) pay(rd paxosgroup.Ready) {
 			appended = time.Now()
 		}
 		r.cfg.Log.Append(g.id, rd.Persist, func(err error) {
-			g.unflushed.Add(-1)
 			if err == nil && r.cfg.Accepted != nil {
 				defer g.tellAccepted(rd.Persist, stepped, appended, time.Now())
 			}
 			if err == nil && len(rd.AfterSync) > 0 {
 				// From here, not from the loop: a leader waits for it.
 				r.cfg.Transport.Send(g.id, rd.AfterSync)
+			}
+			if err == nil {
+				// After a failure it stays: nothing may leave that rests on it.
+				g.unflushed.Add(-1)
 			}
 			if err != nil || flush {
 				r.durable(flushed{group: g, seq: rd.Seq}, err)

@@ -1,0 +1,119 @@
+package runner
+
+import (
+	"math/rand/v2"
+	"reflect"
+	"testing"
+	"time"
+
+	"quorate/paxosgroup"
+)
+
+// TestHistoryEqualsJudgingFromTheBase compares the compact history with judging
+// random logs step by step.
+func TestHistoryEqualsJudgingFromTheBase(t *testing.T) {
+	for seed := range uint64(200) {
+		rng := rand.New(rand.NewPCG(seed, 1))
+		base := paxosgroup.Base{Membership: paxosgroup.Membership{NextID: 2, Members: []paxosgroup.Member{{ID: 1, Region: "r1", Kind: paxosgroup.Voter}}}}
+		if seed%2 == 1 {
+			base.Slot = 1000
+			base.Judge = paxosgroup.Judge{Term: paxosgroup.Ballot{Counter: 3, Replica: 1}, Region: "r1", Incarnation: 9, Next: 17}
+		}
+		h := newHistory(base)
+		judge, membership := base.Judge, base.Membership
+		want := []paxosgroup.Base{base}
+		var verdicts []paxosgroup.Verdict
+		for range 300 {
+			e := paxosgroup.Entry{Kind: paxosgroup.KindData, Term: judge.Term, Number: judge.Next}
+			switch rng.IntN(12) {
+			case 0:
+				e = paxosgroup.Entry{Kind: paxosgroup.KindNoOp}
+			case 1:
+				e = paxosgroup.Entry{Kind: paxosgroup.KindOpening, Region: "r2", Incarnation: paxosgroup.Incarnation(rng.Uint64()),
+					Term: paxosgroup.Ballot{Counter: judge.Term.Counter + rng.Uint64N(3), Replica: paxosgroup.ReplicaID(rng.IntN(4))}}
+			case 2:
+				e.Number += rng.Uint64N(2)
+			case 3:
+				e.Term.Counter -= min(e.Term.Counter, 1)
+			case 4:
+				m := membership
+				m.Epoch += 1 + rng.Uint64N(2) // sometimes made for another membership
+				m.NextID++
+				e = paxosgroup.Entry{Kind: paxosgroup.KindConfig, Payload: paxosgroup.EncodeMembership(m)}
+			}
+			v := judge.Judge(e)
+			if m, ok := membership.Next(e); ok {
+				membership = m
+			}
+			if got := h.add(e); got != v {
+				t.Fatalf("seed %d slot %d: verdict %d, want %d", seed, h.last, got, v)
+			}
+			want = append(want, paxosgroup.Base{Slot: h.last, Judge: judge, Membership: membership})
+			verdicts = append(verdicts, v)
+		}
+		for i, w := range want {
+			if got := h.at(w.Slot); !reflect.DeepEqual(got, w) {
+				t.Fatalf("seed %d: at slot %d %+v, want %+v", seed, w.Slot, got, w)
+			}
+			if i > 0 {
+				if got := h.verdict(w.Slot); got != verdicts[i-1] {
+					t.Fatalf("seed %d: verdict on slot %d %d, want %d", seed, w.Slot, got, verdicts[i-1])
+				}
+			}
+		}
+	}
+}
+
+func TestRecentKeepsTheNewest(t *testing.T) {
+	r := recent{bytesMax: 10 * (deliveredWeight + 100), entriesMax: 1 << 20}
+	for s := paxosgroup.Slot(1); s <= 10_000; s++ {
+		r.add(paxosgroup.Delivered{Slot: s, Entry: paxosgroup.Entry{Payload: make([]byte, 100)}})
+		first := max(1, int(s)-9)
+		if r.first() != paxosgroup.Slot(first) {
+			t.Fatalf("after slot %d the first is %d, want %d", s, r.first(), first)
+		}
+	}
+	if len(r.entries) > 4096 {
+		t.Errorf("%d entries held for 10", len(r.entries))
+	}
+	if got := r.read(9_995, 250); len(got) != 2 || got[0].Slot != 9_995 {
+		t.Errorf("read %d entries", len(got))
+	}
+	// One that is larger than everything is kept, alone.
+	r.add(paxosgroup.Delivered{Slot: 10_001, Entry: paxosgroup.Entry{Payload: make([]byte, 1<<20)}})
+	if r.first() != 10_001 {
+		t.Errorf("first is %d", r.first())
+	}
+}
+
+func TestMissedTime(t *testing.T) {
+	wall := time.Unix(1_000_000, 0)
+	boot := paxosgroup.Instant(5 * time.Second)
+	var m missedTime
+	for _, step := range []struct {
+		name       string
+		wall, boot time.Duration
+		want       time.Duration
+	}{
+		{"first look", 0, 0, 0},
+		{"both go on", time.Second, time.Second, 0},
+		{"both counted a suspend", time.Hour, time.Hour, 0},
+		{"the wall clock was slewed", 1100 * time.Millisecond, time.Second, 0},
+		{"the machine stood still unnoticed", 11 * time.Second, time.Second, 10 * time.Second},
+		{"and goes on", time.Second, time.Second, 0},
+		{"the wall clock was set back", -time.Hour, time.Second, 0},
+	} {
+		wall, boot = wall.Add(step.wall), boot.Add(step.boot)
+		if got := m.look(wall, boot); got != step.want {
+			t.Errorf("%s: %v, want %v", step.name, got, step.want)
+		}
+	}
+}
+
+func TestBootTimeGoesOn(t *testing.T) {
+	a := BootTime()
+	time.Sleep(2 * time.Millisecond)
+	if d := BootTime().Sub(a); d < 2*time.Millisecond || d > 10*time.Second {
+		t.Errorf("%v passed", d)
+	}
+}
