@@ -20,7 +20,7 @@ import (
 // test_decoding shows them.
 func captured(t *testing.T, own *pgx.Conn) [][]byte {
 	t.Helper()
-	rows, err := own.Query(ctx(t), "SELECT data FROM pg_logical_slot_get_changes('probe', NULL, NULL) WHERE data LIKE 'message: transactional: 1 prefix: "+entry.DDLPrefix+",%'")
+	rows, err := own.Query(ctx(t), "SELECT data FROM pg_logical_slot_get_changes('probe_' || current_database(), NULL, NULL) WHERE data LIKE 'message: transactional: 1 prefix: "+entry.DDLPrefix+",%'")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -49,18 +49,45 @@ func statements(t *testing.T, contents [][]byte) []string {
 	return s
 }
 
-// leader is a server with an open fence and a slot for captured.
-func leader(t *testing.T) (*postgres.Server, *pgx.Conn, *pgx.Conn) {
-	t.Helper()
-	s, own := installed(t)
-	postgrestest.Exec(t, own, "SELECT pg_create_logical_replication_slot('probe', 'test_decoding')")
-	open(t, own, 1)
-	return s, own, postgrestest.Connect(t, s, "postgres")
+// TestDDL runs the stories below on one server, each in a database of its own.
+func TestDDL(t *testing.T) {
+	s := postgrestest.Start(t, nil)
+	for name, story := range map[string]func(*testing.T, *postgres.Server){
+		"replays to the same schema":      replaysToTheSameSchema,
+		"each statement of a batch, once": statementsOfABatch,
+		"what cannot be carried":          whatCannotBeCarried,
+		"forged messages":                 forgedMessages,
+		"nobody else can capture":         nobodyElseCanCapture,
+		"ordinary tools work on a leader": ordinaryTools,
+		"replay names a missing role":     replayNamesAMissingRole,
+	} {
+		t.Run(name, func(t *testing.T) { story(t, s) })
+	}
 }
 
-func schemaOf(t *testing.T, s *postgres.Server) string {
+// region is a new database with Quorate.
+func region(t *testing.T, s *postgres.Server, database string) *pgx.Conn {
 	t.Helper()
-	out, err := exec.Command(filepath.Join(s.BinDir, "pg_dump"), "--schema-only", "-N", "quorate", s.DSN("postgres")).CombinedOutput()
+	postgrestest.Exec(t, postgrestest.Connect(t, s, "postgres"), "CREATE DATABASE "+database)
+	own := sidecarTo(t, s, database)
+	if err := catalog.Install(ctx(t), own, catalog.Options{ClusterID: "c", Region: database}); err != nil {
+		t.Fatal(err)
+	}
+	return own
+}
+
+// leader is a region with an open fence and a slot for captured.
+func leader(t *testing.T, s *postgres.Server, database string) (own, client *pgx.Conn) {
+	t.Helper()
+	own = region(t, s, database)
+	postgrestest.Exec(t, own, "SELECT pg_create_logical_replication_slot('probe_' || current_database(), 'test_decoding')")
+	open(t, own, 1)
+	return own, postgrestest.Connect(t, s, database)
+}
+
+func schemaOf(t *testing.T, s *postgres.Server, database string) string {
+	t.Helper()
+	out, err := exec.Command(filepath.Join(s.BinDir, "pg_dump"), "--schema-only", "-N", "quorate", s.DSN(database)).CombinedOutput()
 	if err != nil {
 		t.Fatalf("pg_dump: %v\n%s", err, out)
 	}
@@ -89,13 +116,11 @@ func differences(a, b string) string {
 	return out.String()
 }
 
-func TestDDLReplaysToTheSameSchema(t *testing.T) {
-	s, own, client := leader(t)
-	follower, followerOwn := installed(t)
-	for _, c := range []*pgx.Conn{own, followerOwn} {
-		postgrestest.Exec(t, c, "CREATE ROLE app", "GRANT CREATE ON DATABASE postgres TO app")
-	}
-	replay := postgrestest.Connect(t, follower, "postgres")
+func replaysToTheSameSchema(t *testing.T, s *postgres.Server) {
+	own, client := leader(t, s, "from_here")
+	followerOwn := region(t, s, "to_there")
+	postgrestest.Exec(t, own, "CREATE ROLE app", "GRANT CREATE ON DATABASE from_here TO app", "GRANT CREATE ON DATABASE to_there TO app")
+	replay := postgrestest.Connect(t, s, "to_there")
 	postgrestest.Exec(t, replay, "SELECT pg_replication_origin_create('quorate_main')", "SELECT pg_replication_origin_session_setup('quorate_main')",
 		"SET session_replication_role = replica")
 
@@ -168,7 +193,7 @@ func TestDDLReplaysToTheSameSchema(t *testing.T) {
 			t.Fatalf("%s: %v", content, err)
 		}
 	}
-	if got, want := schemaOf(t, follower), schemaOf(t, s); got != want {
+	if got, want := schemaOf(t, s, "to_there"), schemaOf(t, s, "from_here"); got != want {
 		t.Errorf("schemas differ (- leader, + follower):\n%s", differences(want, got))
 	}
 	for _, c := range []*pgx.Conn{own, followerOwn} {
@@ -178,8 +203,8 @@ func TestDDLReplaysToTheSameSchema(t *testing.T) {
 	}
 }
 
-func TestDDLStatementsOfABatch(t *testing.T) {
-	_, own, client := leader(t)
+func statementsOfABatch(t *testing.T, s *postgres.Server) {
+	own, client := leader(t, s, "batch")
 	for _, tc := range []struct {
 		sql  string
 		want []string
@@ -203,8 +228,8 @@ func TestDDLStatementsOfABatch(t *testing.T) {
 	}
 }
 
-func TestDDLThatCannotBeReplicatedIsRefused(t *testing.T) {
-	_, own, client := leader(t)
+func whatCannotBeCarried(t *testing.T, s *postgres.Server) {
+	own, client := leader(t, s, "refusing")
 	postgrestest.Exec(t, client, "CREATE TABLE t (id int PRIMARY KEY, w text)", "INSERT INTO t VALUES (1)", "CREATE TABLE empty (id int)",
 		"CREATE TABLE parent (id int) PARTITION BY RANGE (id)", "CREATE TABLE child PARTITION OF parent FOR VALUES FROM (0) TO (9)", "INSERT INTO parent VALUES (1)")
 	captured(t, own)
@@ -247,8 +272,8 @@ func TestDDLThatCannotBeReplicatedIsRefused(t *testing.T) {
 	}
 }
 
-func TestForgedDDLIsNotAuthentic(t *testing.T) {
-	_, own, client := leader(t)
+func forgedMessages(t *testing.T, s *postgres.Server) {
+	own, client := leader(t, s, "forged")
 	postgrestest.Exec(t, client, "CREATE TABLE t ()", "SELECT pg_logical_emit_message(true, 'quorate.ddl', '{\"mac\": \"00\", \"version\": 1}')")
 	contents := captured(t, own)
 	id, err := catalog.ReadIdentity(ctx(t), own)
@@ -266,26 +291,61 @@ func TestForgedDDLIsNotAuthentic(t *testing.T) {
 
 // What the event trigger writes is replayed as the role it names, so no user's
 // code that runs within a command may write in its place.
-func TestNobodyElseCanCapture(t *testing.T) {
-	_, own, client := leader(t)
-	postgrestest.Exec(t, own, "CREATE ROLE app", "GRANT CREATE ON DATABASE postgres TO app")
-	postgrestest.Exec(t, client, "SET ROLE app", "CREATE SCHEMA app", "CREATE TABLE app.t (id int)", "INSERT INTO app.t VALUES (1)",
+func nobodyElseCanCapture(t *testing.T, s *postgres.Server) {
+	own, client := leader(t, s, "capturing")
+	postgrestest.Exec(t, own, "CREATE ROLE intruder", "GRANT CREATE ON DATABASE capturing TO intruder")
+	postgrestest.Exec(t, client, "SET ROLE intruder", "CREATE SCHEMA app", "CREATE TABLE app.t (id int)", "INSERT INTO app.t VALUES (1)",
 		`CREATE FUNCTION app.evil(id int) RETURNS int LANGUAGE plpgsql IMMUTABLE AS $$ BEGIN
 			PERFORM quorate.ddl_end('CREATE FUNCTION', '{"role": "postgres", "settings": {}}'); RETURN id; END $$`)
 	refused(t, client, "42501", "CREATE INDEX ON app.t (app.evil(id))")
 	postgrestest.Exec(t, client, `SET quorate.caller = '{"role": "postgres", "settings": {}}'`, "CREATE TABLE app.u ()")
 	for _, content := range captured(t, own) {
-		if d, err := catalog.DecodeDDL(content); err != nil || d.Role != "app" {
+		if d, err := catalog.DecodeDDL(content); err != nil || d.Role != "intruder" {
 			t.Errorf("%s: %v", content, err)
 		}
 	}
 }
 
-func TestReplayDDLNamesAMissingRole(t *testing.T) {
-	s, _, _ := leader(t)
+func replayNamesAMissingRole(t *testing.T, s *postgres.Server) {
 	conn := postgrestest.Connect(t, s, "postgres")
 	err := catalog.ReplayDDL(context.Background(), conn, []byte(`{"mac":"","version":1,"tag":"CREATE TABLE","statement":"CREATE TABLE t ()","role":"nobody"}`))
 	if err == nil || !strings.Contains(err.Error(), `CREATE ROLE "nobody"`) {
 		t.Errorf("got %v", err)
+	}
+}
+
+// Ordinary tools work on the leader: pgbench -i, pg_dump and psql or pg_restore
+// into it, with --disable-triggers too.
+func ordinaryTools(t *testing.T, s *postgres.Server) {
+	own, client := leader(t, s, "tools")
+	cmd := exec.Command(filepath.Join(s.BinDir, "pgbench"), "-i", "-s", "1", "--partitions=3", s.DSN("tools"))
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("pgbench -i: %v\n%s", err, out)
+	}
+	cmd = exec.Command(filepath.Join(s.BinDir, "pgbench"), "-n", "-t", "50", "-c", "2", s.DSN("tools"))
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("pgbench: %v\n%s", err, out)
+	}
+	captured(t, own)
+
+	file := filepath.Join(t.TempDir(), "dump")
+	run(t, s, nil, "pg_dump", "-Fc", "-f", file, "-t", "pgbench_*", s.DSN("tools"))
+	postgrestest.Exec(t, client, "DROP TABLE pgbench_accounts, pgbench_branches, pgbench_history, pgbench_tellers")
+	run(t, s, nil, "pg_restore", "--exit-on-error", "-d", s.DSN("tools"), file)
+	postgrestest.Exec(t, client, "TRUNCATE pgbench_accounts, pgbench_branches, pgbench_history, pgbench_tellers")
+	cmd = exec.Command(filepath.Join(s.BinDir, "pg_restore"), "--exit-on-error", "--data-only", "--disable-triggers", "-d", s.DSN("tools"), file)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("pg_restore --disable-triggers: %v\n%s", err, out)
+	}
+	if n := query[int](t, client, "SELECT count(*)::int FROM pgbench_accounts"); n != 100000 {
+		t.Errorf("%d accounts", n)
+	}
+	if n := query[int](t, own, "SELECT count(*)::int FROM quorate.unfenced"); n != 0 {
+		t.Errorf("%d tables without a fence", n)
+	}
+	for _, sql := range statements(t, captured(t, own)) {
+		if len(sql) > 2000 {
+			t.Errorf("captured a statement of %d bytes", len(sql))
+		}
 	}
 }

@@ -71,39 +71,3 @@ func TestDumpRestoresIntoAPlainServer(t *testing.T) {
 		})
 	}
 }
-
-// Ordinary tools work on the leader: pgbench -i, pg_dump and psql or pg_restore
-// into it, with --disable-triggers too.
-func TestOrdinaryToolsOnTheLeader(t *testing.T) {
-	s, own, client := leader(t)
-	cmd := exec.Command(filepath.Join(s.BinDir, "pgbench"), "-i", "-s", "1", "--partitions=3", s.DSN("postgres"))
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("pgbench -i: %v\n%s", err, out)
-	}
-	cmd = exec.Command(filepath.Join(s.BinDir, "pgbench"), "-n", "-t", "50", "-c", "2", s.DSN("postgres"))
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("pgbench: %v\n%s", err, out)
-	}
-	captured(t, own)
-
-	file := filepath.Join(t.TempDir(), "dump")
-	run(t, s, nil, "pg_dump", "-Fc", "-f", file, "-t", "pgbench_*", s.DSN("postgres"))
-	postgrestest.Exec(t, client, "DROP TABLE pgbench_accounts, pgbench_branches, pgbench_history, pgbench_tellers")
-	run(t, s, nil, "pg_restore", "--exit-on-error", "-d", s.DSN("postgres"), file)
-	postgrestest.Exec(t, client, "TRUNCATE pgbench_accounts, pgbench_branches, pgbench_history, pgbench_tellers")
-	cmd = exec.Command(filepath.Join(s.BinDir, "pg_restore"), "--exit-on-error", "--data-only", "--disable-triggers", "-d", s.DSN("postgres"), file)
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("pg_restore --disable-triggers: %v\n%s", err, out)
-	}
-	if n := query[int](t, client, "SELECT count(*)::int FROM pgbench_accounts"); n != 100000 {
-		t.Errorf("%d accounts", n)
-	}
-	if n := query[int](t, own, "SELECT count(*)::int FROM quorate.unfenced"); n != 0 {
-		t.Errorf("%d tables without a fence", n)
-	}
-	for _, sql := range statements(t, captured(t, own)) {
-		if len(sql) > 2000 {
-			t.Errorf("captured a statement of %d bytes", len(sql))
-		}
-	}
-}

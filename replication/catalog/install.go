@@ -292,15 +292,15 @@ func alterSystem(ctx context.Context, conn *pgx.Conn, name, value string) error 
 	if _, err := conn.Exec(ctx, "ALTER SYSTEM SET "+name+" = "+quoteLiteral(value)); err != nil {
 		return fmt.Errorf("alter system set %s: %w", name, err)
 	}
-	return reload(ctx, conn, name, value)
+	return reload(ctx, conn)
 }
 
 func resetSystem(ctx context.Context, conn *pgx.Conn, name string) error {
 	if _, err := conn.Exec(ctx, "ALTER SYSTEM RESET "+name); err != nil {
 		return fmt.Errorf("alter system reset %s: %w", name, err)
 	}
-	if _, err := conn.Exec(ctx, "SELECT pg_reload_conf()"); err != nil {
-		return fmt.Errorf("reload the configuration: %w", err)
+	if err := reload(ctx, conn); err != nil {
+		return err
 	}
 	if err := commitLocally(ctx, conn, "DELETE FROM quorate.system_setting WHERE name = $1", name); err != nil {
 		return fmt.Errorf("forget the setting of %s: %w", name, err)

@@ -39,6 +39,7 @@ func sidecarTo(t *testing.T, s *postgres.Server, database string) *pgx.Conn {
 	}
 	cfg.RuntimeParams["application_name"] = catalog.ApplicationName + " test"
 	cfg.RuntimeParams["synchronous_commit"] = "local"
+	cfg.RuntimeParams["default_transaction_read_only"] = "off"
 	conn, err := pgx.ConnectConfig(ctx(t), cfg)
 	if err != nil {
 		t.Fatal(err)
@@ -114,7 +115,7 @@ func TestInstallIsIdempotentAndUninstallLeavesNothing(t *testing.T) {
 	if err := catalog.EnsureSynchronous(ctx(t), own, "quorate"); err != nil {
 		t.Fatal(err)
 	}
-	postgrestest.Exec(t, own, "SET default_transaction_read_only = off", "INSERT INTO quorate.version VALUES (1000)")
+	postgrestest.Exec(t, own, "INSERT INTO quorate.version VALUES (1000)")
 	var newer *catalog.NewerSchemaError
 	if err := catalog.Install(ctx(t), own, o); !errors.As(err, &newer) || newer.Installed != 1000 {
 		t.Errorf("install of an older binary: %v", err)

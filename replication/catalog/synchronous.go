@@ -2,6 +2,7 @@ package catalog
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -25,7 +26,13 @@ func EnsureSynchronous(ctx context.Context, conn *pgx.Conn, applicationName stri
 	if err != nil || ok {
 		return err
 	}
-	return alterSystem(ctx, conn, "synchronous_standby_names", pgx.Identifier{applicationName}.Sanitize())
+	if err := alterSystem(ctx, conn, "synchronous_standby_names", pgx.Identifier{applicationName}.Sanitize()); err != nil {
+		return err
+	}
+	if ok, err = IsSynchronous(ctx, conn, applicationName); err == nil && !ok {
+		err = errors.New("synchronous_standby_names does not follow ALTER SYSTEM: take it off the server's command line")
+	}
+	return err
 }
 
 // IsSynchronous reports whether commits wait for applicationName. Another value
@@ -78,22 +85,22 @@ func WaitBlocked(ctx context.Context, conn *pgx.Conn, pid uint32) error {
 	}
 }
 
-// reload makes the server read its configuration and waits until the file's
-// value of name, as value, is in force.
-func reload(ctx context.Context, conn *pgx.Conn, name, value string) error {
-	if _, err := conn.Exec(ctx, "SELECT pg_reload_conf()"); err != nil {
+// reload makes the server read its configuration, and returns when this
+// session, and so about every other, has read it too.
+func reload(ctx context.Context, conn *pgx.Conn) error {
+	var before, now time.Time
+	if err := conn.QueryRow(ctx, "SELECT pg_conf_load_time() FROM pg_reload_conf()").Scan(&before); err != nil {
 		return fmt.Errorf("reload the configuration: %w", err)
 	}
 	for {
-		var now string
-		if err := conn.QueryRow(ctx, "SELECT reset_val FROM pg_settings WHERE name = $1", name).Scan(&now); err != nil {
-			return fmt.Errorf("read %s: %w", name, err)
+		if err := conn.QueryRow(ctx, "SELECT pg_conf_load_time()").Scan(&now); err != nil {
+			return fmt.Errorf("see the configuration reloaded: %w", err)
 		}
-		if now == value {
+		if now.After(before) {
 			return nil
 		}
-		if err := sleep(ctx, 5*time.Millisecond); err != nil {
-			return fmt.Errorf("%s is %q, not %q, after a reload (a setting on the command line or of the role wins): %w", name, now, value, err)
+		if err := sleep(ctx, 2*time.Millisecond); err != nil {
+			return fmt.Errorf("see the configuration reloaded: %w", err)
 		}
 	}
 }

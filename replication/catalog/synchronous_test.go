@@ -83,3 +83,23 @@ func TestTerminateClients(t *testing.T) {
 		t.Errorf("a session of the sidecar was ended: %v", err)
 	}
 }
+
+func TestReadOnlyDefault(t *testing.T) {
+	s, own := installed(t)
+	client := postgrestest.Connect(t, s, "postgres")
+	for _, on := range []bool{true, true, false} {
+		if err := catalog.SetReadOnlyDefault(ctx(t), own, on); err != nil {
+			t.Fatal(err)
+		}
+		want := map[bool]string{true: "on", false: "off"}[on]
+		for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+			got := query[string](t, client, "SHOW transaction_read_only")
+			if got == want {
+				break
+			}
+			if time.Now().After(deadline) {
+				t.Fatalf("read only is %s, want %s", got, want)
+			}
+		}
+	}
+}
