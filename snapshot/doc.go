@@ -21,8 +21,8 @@
 // The schema is pg_dump's custom archive, restored in its sections: first what
 // the data needs, then the data, then indexes, constraints and triggers.
 //
-// What is a region's own is not shipped: the schema quorate, triggers and event
-// triggers that call its functions, the publication, subscriptions. The caller
+// What is a region's own is not shipped: the schemas of package catalog, triggers
+// and event triggers that call their functions, the publication, subscriptions. The caller
 // installs these afterwards. Nor are settings and privileges of the database
 // itself, tablespaces, contents of unlogged and foreign tables. Roles that own or
 // may use something are made without LOGIN where they are missing, and noted.

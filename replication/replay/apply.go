@@ -561,7 +561,9 @@ func (a *applier) ddl(c *entry.Change) error {
 		return err
 	}
 	if err := a.s.cfg.DDL(a.ctx, a.s.conn, c.Content); err != nil {
-		if isLockConflict(err) || !isConflict(err) {
+		// Unless the connection broke or somebody is in the way, it will not apply
+		// the next time either: a missing role, say.
+		if isLockConflict(err) || a.s.conn.IsClosed() || a.ctx.Err() != nil || isRefusal(err) && !isConflict(err) {
 			return fmt.Errorf("schema change: %w", err)
 		}
 		return &ConflictError{Slot: a.slot, Want: "the schema change to apply", Err: err}

@@ -53,6 +53,12 @@ func isConflict(err error) bool {
 	return pg.Code == "55000"
 }
 
+// isRefusal reports whether it was PostgreSQL that said so.
+func isRefusal(err error) bool {
+	var pg *pgconn.PgError
+	return errors.As(err, &pg)
+}
+
 // isLockConflict reports whether another session stood in the way, so that the
 // same batch may pass later.
 func isLockConflict(err error) bool {

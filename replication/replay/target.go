@@ -68,12 +68,12 @@ func loadTarget(ctx context.Context, conn *pgx.Conn, schema, name string) (*targ
 		SELECT c.oid, c.relkind = 'p',
 		       EXISTS (SELECT FROM pg_trigger g JOIN pg_proc f ON f.oid = g.tgfoid
 		                WHERE g.tgrelid = ANY (tree.oids) AND NOT g.tgisinternal AND g.tgenabled IN ('A', 'R')
-		                  AND f.pronamespace <> coalesce((SELECT oid FROM pg_namespace WHERE nspname = $3), 0::oid))
+		                  AND f.pronamespace NOT IN (SELECT oid FROM pg_namespace WHERE nspname IN ($3, $4)))
 		    OR EXISTS (SELECT FROM pg_rewrite r WHERE r.ev_class = c.oid AND r.ev_enabled IN ('A', 'R'))
 		  FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace,
 		       LATERAL (SELECT array_agg(p.oid) || c.oid AS oids FROM (SELECT relid::oid AS oid FROM pg_partition_tree(c.oid)) p) tree
 		 WHERE n.nspname = $1 AND c.relname = $2 AND c.relkind IN ('r', 'p')`,
-		schema, name, entry.LocalSchema).Scan(&oid, &t.partitioned, &t.rowByRow)
+		schema, name, entry.LocalSchema, entry.FenceSchema).Scan(&oid, &t.partitioned, &t.rowByRow)
 	if err == pgx.ErrNoRows {
 		return nil, nil
 	}
