@@ -1,6 +1,7 @@
 package replay
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"fmt"
@@ -147,6 +148,7 @@ func (p *pair) transactions() []Transaction {
 	defer rows.Close()
 	var out []Transaction
 	var header entry.Header
+	local := make(map[uint32]bool)
 	for rows.Next() {
 		var raw []byte
 		if err := rows.Scan(&raw); err != nil {
@@ -168,8 +170,15 @@ func (p *pair) transactions() []Transaction {
 			out = append(out, Transaction{Slot: p.slot, CommitTime: header.CommitTime,
 				Payload: entry.Payload{Type: entry.TypeTransaction, Header: header, Body: body}})
 		case 'R':
+			// As capture does, a region's own tables are left out.
+			schema, _, _ := bytes.Cut(raw[5:], []byte{0})
+			local[binary.BigEndian.Uint32(raw[1:])] = string(schema) == entry.LocalSchema
 			err = p.builder.Define(raw)
 		case 'O', 'Y':
+		case 'I', 'U', 'D':
+			if !local[binary.BigEndian.Uint32(raw[1:])] {
+				err = p.builder.Add(raw)
+			}
 		default:
 			err = p.builder.Add(raw)
 		}
