@@ -178,6 +178,7 @@ func (db *database) check(ctx context.Context, conn *pgx.Conn) error {
 // stand is what the database says of itself.
 type stand struct {
 	incarnation paxosgroup.Incarnation
+	ddlKey      []byte
 	opened      opening
 }
 
@@ -196,7 +197,7 @@ func (db *database) readState(ctx context.Context, conn *pgx.Conn) (stand, error
 	if err != nil {
 		return stand{}, err
 	}
-	st := stand{incarnation: paxosgroup.Incarnation(id.Incarnation)}
+	st := stand{incarnation: paxosgroup.Incarnation(id.Incarnation), ddlKey: id.DDLKey}
 	if st.incarnation == 0 {
 		return st, nil
 	}

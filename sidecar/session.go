@@ -40,6 +40,7 @@ type session struct {
 	samples *pgx.Conn // sequence samples
 	face    *pgx.Conn // what the SQL face shows
 	proof   *pgx.Conn // the test commit
+	ddlKey  []byte    // of the database's DDL messages
 	shut    bool      // the database was closed to clients when the session began
 	replay  *replay.Session
 	start   time.Time // of the postmaster
@@ -78,11 +79,22 @@ func (s *shard) runSession(ctx context.Context, db *database) (err error) {
 	if err != nil {
 		return endOf(ctx, err)
 	}
-	g.Go(func() error { return s.sampler(ctx, sampler) })
+	g.Go(func() error { return s.sampler(ctx, sampler, se.visible) })
 	g.Go(func() error { return se.publish(ctx) })
 	g.Go(func() error { return se.govern(ctx) })
 	s.set(func() { s.session = se })
 	return g.Wait()
+}
+
+// visible reports whether every transaction up to xid that will ever be visible
+// is. It runs on the sampler's connection, between samples.
+func (se *session) visible(ctx context.Context, xid uint64) (bool, error) {
+	var done bool
+	err := se.samples.QueryRow(ctx, "SELECT pg_snapshot_xmin(pg_current_snapshot()) > $1::text::xid8", fmt.Sprint(xid)).Scan(&done)
+	if err != nil {
+		return false, fmt.Errorf("look whether transaction %d is visible: %w", xid, err)
+	}
+	return done, nil
 }
 
 func (se *session) close() {
@@ -121,6 +133,7 @@ func (se *session) connect(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	se.ddlKey = state.ddlKey
 	if state.incarnation != se.incarnation {
 		return fmt.Errorf("the database is of incarnation %s, not %s: it was replaced while the sidecar ran", state.incarnation, se.incarnation)
 	}
@@ -159,11 +172,18 @@ func (se *session) connect(ctx context.Context) error {
 
 // capture runs streams, one after the other, until ctx ends or one breaks.
 func (se *session) capture(ctx context.Context) error {
+	authentic := func(content []byte) bool {
+		ok := catalog.Authentic(se.ddlKey, content)
+		if !ok {
+			se.log.Warn("a client sent a message that claims to be DDL; it is ignored")
+		}
+		return ok
+	}
 	for {
 		stream, err := capture.Open(ctx, capture.Config{
 			ConnString: se.db.dsn, ReplicationSlot: se.incarnationName(), Publication: catalog.DefaultPublication,
 			ApplicationName: se.cfg.Postgres.ApplicationName, FragmentBytesMax: int(se.cfg.Capture.FragmentBytesMax),
-			Handler: se, Logger: se.log,
+			Handler: se, Authentic: authentic, Logger: se.log,
 		})
 		if err != nil {
 			return endOf(ctx, fmt.Errorf("capture: %w", err))

@@ -89,7 +89,8 @@ type shard struct {
 	// their arrival, and those up to covered need no further sample.
 	arrivals  uint64
 	covered   uint64
-	sequences bool // there are sequences to be covered
+	sequences bool   // there are sequences to be covered, or may be
+	ddl       uint64 // xid of the last captured commit with DDL not known to be visible; 0: none
 	tracker   *sequence.Tracker
 }
 
@@ -343,8 +344,8 @@ func (s *shard) Entry(ctx context.Context, p entry.Payload) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !s.sequences && bytes.Contains(p.Body, []byte(entry.DDLPrefix)) {
-		s.sequences = true // it may have made one
+	if bytes.Contains(p.Body, []byte(entry.DDLPrefix)) {
+		s.sequences, s.ddl = true, p.Header.Xid // it may have made one
 	}
 	if p.Type != entry.TypeFragment {
 		s.addPending(pendingPosition{lsn: p.Header.EndLSN, commit: true, header: p.Header, at: time.Now(), stamps: st})
@@ -420,19 +421,34 @@ func (s *shard) startOver(stream *capture.Stream) {
 	s.turn()
 }
 
+// sampleInterval is how often sequences are sampled while nothing waits for it.
+const sampleInterval = 100 * time.Millisecond
+
 // sampler covers pending positions by sequence samples: a position is confirmed
 // only when a chosen mark covers a sample taken after the position arrived. One
 // sample serves all positions that wait for one.
-func (s *shard) sampler(ctx context.Context, sampler *sequence.Sampler) error {
+func (s *shard) sampler(ctx context.Context, sampler *sequence.Sampler, visible func(context.Context, uint64) (bool, error)) error {
 	for {
-		var upTo uint64
+		var upTo, ddl uint64
 		var term paxosgroup.Ballot
-		err := s.await(ctx, func() bool {
-			upTo, term = s.arrivals, s.proposing
+		idle, cancel := context.WithTimeout(ctx, sampleInterval)
+		err := s.await(idle, func() bool {
+			upTo, term, ddl = s.arrivals, s.proposing, s.ddl
 			return s.sequences && len(s.pending) > 0 && s.covered < upTo
 		})
-		if err != nil {
+		cancel()
+		if ctx.Err() != nil {
 			return nil
+		}
+		if err != nil {
+			// Nothing waits. Values may be handed out all the same, those that
+			// another session's nextval wrote WAL for; marks are kept ahead of them.
+			s.mu.Lock()
+			wanted := s.sequences && !s.proposing.IsZero()
+			s.mu.Unlock()
+			if !wanted {
+				continue
+			}
 		}
 		if term.IsZero() {
 			// Not leading: no client of ours is handed values that another
@@ -440,16 +456,24 @@ func (s *shard) sampler(ctx context.Context, sampler *sequence.Sampler) error {
 			s.cover(upTo)
 			continue
 		}
+		// A sequence is not seen before the commit that made it is released, so an
+		// empty sample means something only when that commit was visible before.
+		known := true
+		if ddl != 0 {
+			if known, err = visible(ctx, ddl); err != nil {
+				return endOf(ctx, err)
+			}
+		}
 		sample, err := sampler.Sample(ctx)
 		if err != nil {
 			return endOf(ctx, fmt.Errorf("sample sequences: %w", err))
 		}
 		s.mu.Lock()
 		marks := s.tracker.Need(sample)
-		if len(sample.States) == 0 && s.arrivals == upTo {
-			// Nothing to be covered until a commit with DDL is captured; one that
-			// arrived meanwhile would have to be looked after.
-			s.sequences = false
+		if known && s.ddl == ddl {
+			s.ddl = 0
+			// Nothing is to be covered until a commit with DDL is captured.
+			s.sequences = len(sample.States) > 0
 		}
 		s.mu.Unlock()
 		if len(marks) > 0 {

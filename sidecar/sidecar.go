@@ -227,7 +227,19 @@ func takePart(ctx context.Context, cfg *config.Config, id identity, member *memb
 	back.run(s, id)
 	member.serve(s)
 
-	g, ctx := errgroup.WithContext(ctx)
+	asked := ctx // ends when the sidecar is asked to end; what runs below goes on until it has left
+	life, end := context.WithCancel(context.WithoutCancel(ctx))
+	defer end()
+	g, ctx := errgroup.WithContext(life)
+	g.Go(func() error {
+		defer end()
+		select {
+		case <-asked.Done():
+			s.leave(ctx)
+		case <-ctx.Done():
+		}
+		return nil
+	})
 	g.Go(func() error {
 		return serve(ctx, cfg, func(server *grpc.Server) {
 			sidecarpb.RegisterClusterServer(server, member)

@@ -1,6 +1,7 @@
 package sidecar
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -270,6 +271,40 @@ func (s *shard) transfer(ctx context.Context, to string) (time.Duration, error) 
 	case <-ctx.Done():
 		return 0, ctx.Err()
 	}
+}
+
+// leaveWithin bounds how long an ending sidecar tries to hand leadership over.
+const leaveWithin = 3 * time.Second
+
+// leave gives up leadership in order before the sidecar ends: to the region that
+// has applied most if it takes it, else to whoever is elected. Clients of this
+// region are refused from then on, not left waiting.
+func (s *shard) leave(ctx context.Context) {
+	st := s.group.Status()
+	if st.Role != paxosgroup.Leader {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, leaveWithin)
+	defer cancel()
+	peers := slices.Clone(st.Peers)
+	slices.SortFunc(peers, func(a, b paxosgroup.PeerStatus) int { return cmp.Compare(b.Applied, a.Applied) })
+	for _, p := range peers {
+		if s.now().Sub(p.LastHeard) > time.Second || ctx.Err() != nil {
+			continue
+		}
+		for _, m := range st.Membership.Members {
+			if m.ID != p.ID || m.Kind != paxosgroup.Voter {
+				continue
+			}
+			pause, err := s.transfer(ctx, m.Region)
+			if err == nil {
+				s.log.Info("leadership handed over", "to", m.Region, "pause", pause)
+				return
+			}
+			s.log.Warn("leadership was not taken", "by", m.Region, "err", err)
+		}
+	}
+	s.group.Resign()
 }
 
 // ReadLog implements admin.Backend.

@@ -20,6 +20,10 @@ type Config struct {
 	Handler         Handler
 	Logger          *slog.Logger // default slog.Default()
 
+	// Authentic tells the DDL messages of the database's event trigger from those
+	// that a user sent, which are dropped. Nil takes all for authentic.
+	Authentic func(content []byte) bool
+
 	FragmentBytesMax int           // a larger transaction goes in fragments of at most this size; default 1 MiB
 	StatusInterval   time.Duration // how often the last confirmation is repeated as a sign of life; default 1 s
 	ReceiveTimeout   time.Duration // silence of the server, though asked to answer, that ends the stream; default 60 s

@@ -97,9 +97,11 @@ func start(ctx context.Context, conn *pgconn.PgConn, cfg Config) (*Stream, error
 	// Attempts must differ between the streams of a database and grow: no
 	// stream sends a thousand million large transactions a second.
 	attempt := uint64(time.Now().UnixNano())
+	decoder := newDecoder(cfg.Handler, cfg.FragmentBytesMax, newest, attempt)
+	decoder.authentic = cfg.Authentic
 	return &Stream{
 		cfg: cfg, conn: hijacked.Conn, frontend: hijacked.Frontend,
-		decoder: newDecoder(cfg.Handler, cfg.FragmentBytesMax, newest, attempt),
+		decoder: decoder,
 		wake:    make(chan struct{}, 1),
 		opened:  time.Now(),
 	}, nil

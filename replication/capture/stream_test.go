@@ -301,3 +301,38 @@ func (discard) Begin(Begin) Disposition                    { return Propose }
 func (discard) Entry(context.Context, entry.Payload) error { return nil }
 func (discard) Digest(context.Context, entry.Header) error { return nil }
 func (discard) Position(context.Context, entry.LSN) error  { return nil }
+
+// commits counts what a decoder hands over.
+type commits struct {
+	discard
+	entries int
+}
+
+func (c *commits) Entry(context.Context, entry.Payload) error { c.entries++; return nil }
+
+func TestForgedDDLIsDropped(t *testing.T) {
+	c := &commits{}
+	d := newDecoder(c, 1<<20, 1000, 1)
+	d.authentic = func(content []byte) bool { return string(content) == "genuine" }
+	logical := func(content string) []byte {
+		m := append([]byte{'M', 1}, make([]byte, 8)...)
+		m = append(append(m, entry.DDLPrefix...), 0)
+		m = binary.BigEndian.AppendUint32(m, uint32(len(content)))
+		return append(m, content...)
+	}
+	begin := append([]byte{'B'}, make([]byte, 16)...)
+	begin = binary.BigEndian.AppendUint32(begin, 900)
+	for i, content := range []string{"forged", "genuine"} {
+		commit := append([]byte{'C'}, make([]byte, 9)...)
+		commit = binary.BigEndian.AppendUint64(commit, uint64(i+1)*100) // end LSN
+		commit = append(commit, make([]byte, 8)...)
+		for _, m := range [][]byte{begin, logical(content), commit} {
+			if err := d.message(t.Context(), m); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if c.entries != 1 {
+		t.Errorf("%d entries were handed over, want the genuine one alone", c.entries)
+	}
+}
