@@ -19,6 +19,15 @@
 //   - Installing is idempotent and its own schema has versions; uninstalling
 //     leaves the database as it was.
 //
+// A dump for a server without Quorate is taken by
+//
+//	pg_dump -N quorate --no-publications
+//
+// It holds no fence: those triggers are marked internal, as a foreign key's are.
+// It does hold the event triggers, which pg_dump cannot leave out, with schema
+// quorate_fence and the functions in it, which do nothing where schema quorate is
+// missing; DROP SCHEMA quorate_fence CASCADE removes the lot.
+//
 // Every statement of this package that commits runs with synchronous_commit =
 // local, since it is needed to get synchronous replication going.
 package catalog

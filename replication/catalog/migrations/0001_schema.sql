@@ -434,7 +434,6 @@ BEGIN
     before := CASE tag
         WHEN 'CREATE INDEX' THEN 'create' || gap || '(?:unique' || gap || ')?index' || gap
         WHEN 'DROP INDEX' THEN 'drop' || gap || 'index' || gap
-        WHEN 'REINDEX' THEN 'reindex' || gap || '(?:\([^()]*\)' || gap || ')?(?:index|table|schema)' || gap
         END;
     IF before IS NOT NULL THEN
         RETURN regexp_replace(statement, '^((?:' || gap || ')?' || before || ')concurrently\M', '\1', 'i');
@@ -487,8 +486,8 @@ END $$;
 CREATE FUNCTION quorate.ddl_start(tag text) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    IF quorate.is_bookkeeping() THEN
-        RETURN;
+    IF quorate.is_bookkeeping() OR tag = 'REINDEX' THEN
+        RETURN; -- from 17 on REINDEX is an event; it is each region's own affair
     END IF;
     IF tag ~ '^(DROP|ALTER) ' AND current_query() ~* '\m(drop|alter)\M.*\mquorate(_fence)?\M' AND tag <> 'ALTER TABLE' THEN
         -- Afterwards it is too late: what would refuse it is gone.
@@ -596,7 +595,7 @@ DECLARE
     relation oid;
 BEGIN
     GET DIAGNOSTICS context = PG_CONTEXT;
-    IF context ~ '\nPL/pgSQL function quorate\.protect\(oid\) line ' OR quorate.is_bookkeeping() THEN
+    IF context ~ '\nPL/pgSQL function quorate\.protect\(oid\) line ' OR quorate.is_bookkeeping() OR tag = 'REINDEX' THEN
         RETURN;
     END IF;
     PERFORM set_config('quorate.dropped', '', true), set_config('quorate.retyped', '', true);
@@ -650,6 +649,13 @@ BEGIN
             HINT = CASE WHEN tag IN ('CREATE TABLE AS', 'SELECT INTO')
                 THEN 'Create the table first (CREATE TABLE … AS … WITH NO DATA, or with its columns), then INSERT … SELECT.'
                 ELSE 'It would act in every region; there is no way to carry it.' END;
+    END IF;
+    IF tag IN ('CREATE TABLE', 'ALTER TABLE') AND text_of ~* $re$'\s*(now|today|tomorrow|yesterday)\s*'$re$ AND EXISTS (
+        SELECT FROM pg_attrdef d JOIN pg_attribute a ON a.attrelid = d.adrelid AND a.attnum = d.adnum JOIN pg_type t ON t.oid = a.atttypid
+         WHERE d.adrelid = ANY (tables) AND t.typcategory = 'D' AND NOT quorate.varying(d.adbin)) THEN
+        RAISE EXCEPTION USING ERRCODE = '0A000',
+            MESSAGE = 'cannot replicate a default such as ''now'' or ''today'': it is the time of this command, another in each region',
+            HINT = 'Use now() or CURRENT_DATE, which are looked at for each row.';
     END IF;
     IF tag = 'CREATE TABLE' AND pg_my_temp_schema() <> 0 AND EXISTS (
         SELECT FROM quorate.split(text_of) s, regexp_matches(s.bare, '\mlike\s+("[^"]+"|[[:alnum:]_$.]+)', 'gi') f
