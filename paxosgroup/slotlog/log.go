@@ -250,8 +250,14 @@ func (l *Log) reserve(size int) *batch {
 	b.records++
 	l.queued += len(b.buf) - frame
 	l.seal()
+	return l.begin(size)
+}
 
-	next := &segment{sequence: b.seg.sequence + 1}
+// begin starts a segment behind the last, which is sealed, with room for size
+// bytes, and returns its first batch, which holds the state of every group.
+// Called with mu held.
+func (l *Log) begin(size int) *batch {
+	next := &segment{sequence: l.segments[len(l.segments)-1].sequence + 1}
 	stateBytes := 0
 	for _, gr := range l.groups {
 		stateBytes += recordHeaderBytes + 20 + baseSizeMax(gr.state.base)
@@ -259,11 +265,16 @@ func (l *Log) reserve(size int) *batch {
 	next.size = max(l.cfg.SegmentBytes, int64(segmentHeaderBytes+batchHeaderBytes+stateBytes+size+sealBytes+batchAlign))
 	l.segments = append(l.segments, next)
 	l.offset = segmentHeaderBytes
-	b = l.open()
+	return l.putStates()
+}
+
+// putStates makes the first batch of a segment. Called with mu held.
+func (l *Log) putStates() *batch {
+	b := l.open()
 	b.buf = l.buffer()
 	b.flush = true
 	for g, gr := range l.groups {
-		b.buf = appendRecord(b.buf, next.sequence, b.end(), typeState, g, func(dst []byte) []byte {
+		b.buf = appendRecord(b.buf, b.seg.sequence, b.end(), typeState, g, func(dst []byte) []byte {
 			return appendState(dst, gr.state)
 		})
 		b.records++

@@ -49,6 +49,7 @@ func Open(cfg Config) (*Log, map[paxosgroup.GroupID]paxosgroup.Restored, error) 
 	}
 	l.prepare()
 	go l.write()
+	l.wake()
 	return l, restored, nil
 }
 
@@ -71,6 +72,13 @@ func (l *Log) load() (map[paxosgroup.GroupID]paxosgroup.Restored, error) {
 	restored, err := rec.restored()
 	if err != nil {
 		return nil, err
+	}
+	// The process may have ended between two segments.
+	switch {
+	case rec.sealed:
+		l.begin(0)
+	case len(l.groups) > 0 && l.offset == segmentHeaderBytes:
+		l.putStates()
 	}
 	if len(l.segments) == 0 {
 		first := &segment{sequence: 1, size: l.cfg.SegmentBytes}
@@ -112,8 +120,9 @@ func listSegments(dir string) ([]uint64, error) {
 
 // recovery is the state of one reading of the directory.
 type recovery struct {
-	log   *Log
-	votes map[paxosgroup.GroupID]*votes
+	log    *Log
+	votes  map[paxosgroup.GroupID]*votes
+	sealed bool // the segment read last is
 }
 
 // votes are a group's entries above its chosen slot.
@@ -155,8 +164,8 @@ func (rec *recovery) segment(sequence uint64, last bool) error {
 	l.segments = append(l.segments, seg)
 
 	offset := int64(segmentHeaderBytes)
-	sealed := false
-	for !sealed && offset+batchHeaderBytes <= seg.size {
+	rec.sealed = false
+	for !rec.sealed && offset+batchHeaderBytes <= seg.size {
 		h, ok := readBatchHeader(b[offset:], sequence, offset)
 		if !ok {
 			break
@@ -174,10 +183,10 @@ func (rec *recovery) segment(sequence uint64, last bool) error {
 			break
 		}
 		for _, r := range records {
-			if sealed {
+			if rec.sealed {
 				return &CorruptError{File: name, Offset: r.offset, What: "a record follows the seal"}
 			}
-			sealed = r.kind == typeSeal
+			rec.sealed = r.kind == typeSeal
 			if err := rec.take(seg, r); err != nil {
 				return located(err, name)
 			}
@@ -185,7 +194,7 @@ func (rec *recovery) segment(sequence uint64, last bool) error {
 		l.number = h.number + 1
 		offset = end
 	}
-	if !last && !sealed {
+	if !last && !rec.sealed {
 		return &CorruptError{File: name, Offset: offset, What: "the segment has no end, though another follows"}
 	}
 	l.offset = offset

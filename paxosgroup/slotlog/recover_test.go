@@ -301,3 +301,61 @@ func listed(t testing.TB, dir string) []uint64 {
 	}
 	return sequences
 }
+
+// TestStoppedBetweenTwoSegments takes away what a process that ends while it
+// begins a segment has not done yet.
+func TestStoppedBetweenTwoSegments(t *testing.T) {
+	for _, tc := range []struct {
+		name string
+		undo func(path string) error
+	}{
+		{"sealed, with no successor", os.Remove},
+		{"the successor is empty", func(path string) error {
+			b, err := os.ReadFile(path)
+			if err != nil {
+				return err
+			}
+			clear(b[segmentHeaderBytes:])
+			return os.WriteFile(path, b, 0o600)
+		}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			cfg := Config{Dir: t.TempDir(), SegmentBytes: 8 << 10}
+			l, _ := open(t, cfg)
+			promise := paxosgroup.Ballot{Counter: 50, Replica: 3}
+			appendWait(t, l, 1, paxosgroup.Record{Kind: paxosgroup.RecordPromise, Ballot: promise})
+			slot := paxosgroup.Slot(0)
+			for l.Stats().Segments < 3 {
+				slot++
+				appendWait(t, l, 1, accept(slot, 1, strings.Repeat("x", 1000)))
+			}
+			l.Close()
+			if err := tc.undo(filepath.Join(cfg.Dir, segmentName(3))); err != nil {
+				t.Fatal(err)
+			}
+			l, restored := open(t, cfg)
+			if got := len(restored[1].Accepted); got != int(slot)-1 {
+				t.Fatalf("%d slots restored, want %d", got, slot-1)
+			}
+			// The promise is in none but the first segment and the states. It must
+			// survive when the first is deleted.
+			appendWait(t, l, 1, accept(slot, 1, "again"))
+			appendWait(t, l, 1, paxosgroup.Record{Kind: paxosgroup.RecordChosen, Slot: slot - 1}, accept(slot+1, 1, "more"))
+			l.Close()
+			l, _ = open(t, cfg)
+			for range 20 {
+				slot++
+				appendWait(t, l, 1, accept(slot, 1, strings.Repeat("y", 1000)))
+			}
+			appendWait(t, l, 1, paxosgroup.Record{Kind: paxosgroup.RecordBase, Base: &paxosgroup.Base{Slot: slot}})
+			l.Close()
+			if got := listed(t, cfg.Dir); got[0] <= 3 {
+				t.Fatalf("segments %v: the old ones are still there, so this tests nothing", got)
+			}
+			_, restored = open(t, cfg)
+			if restored[1].Promised != promise || restored[1].Chosen != slot {
+				t.Fatalf("restored %+v", restored[1])
+			}
+		})
+	}
+}
