@@ -16,7 +16,7 @@ func (j *Judge) Judge(e Entry) Verdict {
 		*j = Judge{Term: e.Term, Region: e.Region, Incarnation: e.Incarnation, Next: 1}
 		return Effective
 	case KindData:
-		if e.Term != j.Term || e.Number != j.Next {
+		if e.Term != j.Term || e.Number != j.Next || j.Next == 0 {
 			return Void
 		}
 		j.Next++

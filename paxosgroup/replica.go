@@ -192,7 +192,8 @@ func (r *Replica) Step(now Instant, m Message) error {
 	if p := r.peer(m.From); p != nil {
 		p.lastHeard = r.now
 	}
-	if r.highest.Less(m.Ballot) {
+	preVote := m.Kind == MsgPreVote || m.Kind == MsgPreVoteReply && m.Granted // about a ballot nobody may ever use
+	if !preVote && r.highest.Less(m.Ballot) {
 		r.highest = m.Ballot
 	}
 	switch m.Kind {
