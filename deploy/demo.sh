@@ -50,7 +50,7 @@ CREATE TABLE IF NOT EXISTS demo (
 	written_in text
 );
 SQL
-setsid "$0" --workload "$regions" >"$dir/workload.log" 2>&1 </dev/null &
+setsid flock -n "$dir/workload.lock" "$0" --workload "$regions" >>"$dir/workload.log" 2>&1 </dev/null &
 
 echo
 "$ctl" dev status --dir "$dir"

