@@ -282,6 +282,7 @@ func TestOwnAcceptanceCountsWhenFlushed(t *testing.T) {
 func TestRecoveryTakesTheHighestBallot(t *testing.T) {
 	for _, order := range [][]int{{0, 1}, {1, 0}} {
 		l := newLab(t, 1, false)
+		l.r.highest = Ballot{5, 5}
 		b := l.prepare()
 		old, young := data(Ballot{1, 4}, 1, "old"), data(Ballot{1, 5}, 1, "young")
 		promises := []Message{
