@@ -64,6 +64,7 @@ func (c *cluster) proposeMany(id paxosgroup.GroupID, first, count, size int) {
 }
 
 func TestKilledReplicaReturnsAndCatchesUp(t *testing.T) {
+	t.Parallel()
 	c := startCluster(t, 5, 3, func(gc *GroupConfig) {
 		gc.RecentEntriesMax = 50    // so that most is read from disk
 		gc.Core.WindowSlotsMax = 64 // and the one that was away is far outside
@@ -103,6 +104,7 @@ func TestKilledReplicaReturnsAndCatchesUp(t *testing.T) {
 }
 
 func TestAnotherReplicaLeadsWhenTheLeaderIsKilled(t *testing.T) {
+	t.Parallel()
 	c := startCluster(t, 5, 1, nil)
 	first := c.leader(1).Status()
 	c.proposeMany(1, 0, 50, 10)
@@ -118,6 +120,7 @@ func TestAnotherReplicaLeadsWhenTheLeaderIsKilled(t *testing.T) {
 }
 
 func TestReadFromMemoryAndDiskAgree(t *testing.T) {
+	t.Parallel()
 	small := startCluster(t, 3, 1, func(gc *GroupConfig) { gc.RecentEntriesMax = 5 })
 	small.leader(1)
 	small.proposeMany(1, 0, 20, 10)
@@ -147,6 +150,7 @@ func TestReadFromMemoryAndDiskAgree(t *testing.T) {
 }
 
 func TestReadBounds(t *testing.T) {
+	t.Parallel()
 	c := startCluster(t, 1, 1, nil)
 	g := c.leader(1)
 	c.proposeMany(1, 0, 5, 1000)
@@ -167,6 +171,7 @@ func TestReadBounds(t *testing.T) {
 }
 
 func TestProposeWhereItCannotBe(t *testing.T) {
+	t.Parallel()
 	c := startCluster(t, 3, 1, nil)
 	leader := c.leader(1)
 	for _, n := range c.nodes {
@@ -187,6 +192,7 @@ func TestProposeWhereItCannotBe(t *testing.T) {
 }
 
 func TestProposeWaitsForRoomAndGivesUpWithItsContext(t *testing.T) {
+	t.Parallel()
 	c := startCluster(t, 3, 1, func(gc *GroupConfig) { gc.Core.WindowSlotsMax = 4 })
 	g := c.leader(1)
 	before, _ := payloads(t, g)
@@ -227,6 +233,7 @@ func TestProposeWaitsForRoomAndGivesUpWithItsContext(t *testing.T) {
 }
 
 func TestTransfer(t *testing.T) {
+	t.Parallel()
 	c := startCluster(t, 5, 1, nil)
 	g := c.leader(1)
 	c.proposeMany(1, 0, 20, 10)
@@ -243,6 +250,7 @@ func TestTransfer(t *testing.T) {
 }
 
 func TestGroupAddedAtRunTime(t *testing.T) {
+	t.Parallel()
 	c := startCluster(t, 3, 1, nil)
 	for _, n := range c.nodes {
 		if _, err := n.runner.AddGroup(t.Context(), c.groupConfig(7, n.id)); err != nil {
@@ -258,6 +266,7 @@ func TestGroupAddedAtRunTime(t *testing.T) {
 }
 
 func TestLearnerJoinsByImage(t *testing.T) {
+	t.Parallel()
 	c := startCluster(t, 3, 1, nil)
 	g := c.leader(1)
 	c.proposeMany(1, 0, 30, 10)
@@ -311,6 +320,7 @@ func TestLearnerJoinsByImage(t *testing.T) {
 }
 
 func TestRunEndsWhenTheLogFails(t *testing.T) {
+	t.Parallel()
 	c := startCluster(t, 1, 1, nil)
 	g := c.leader(1)
 	n := c.nodes[0]
