@@ -74,7 +74,7 @@ func (c *LoadConfig) setDefaults() error {
 		}
 	}
 	if c.Client == nil {
-		errs = append(errs, errors.New("Client: missing"))
+		errs = append(errs, fmt.Errorf("%s: missing", "Client"))
 	}
 	if c.Streams == 0 {
 		c.Streams = 3

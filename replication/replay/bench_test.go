@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"slices"
 	"testing"
+	"time"
 
 	"quorate/deploy/sandbox/postgres/postgrestest"
 	"quorate/replication/entry"
@@ -60,9 +61,63 @@ func benchmarkBacklog(b *testing.B, batchSize int, schema, before []string, load
 	}
 }
 
+// benchmarkNative has PostgreSQL's own subscription apply the same backlog, for
+// comparison on the same machine at the same time.
+func benchmarkNative(b *testing.B, schema, before []string, load func(p *pair)) {
+	p := newPair(b)
+	p.both(append(slices.Clone(schema), "CREATE TABLE marker (n int)")...)
+	p.do(before...)
+	rows, txs, n := 0, 0, 0
+	for _, t := range p.transactions() { // fills the target as well
+		s := p.connect()
+		p.apply(s, []Transaction{t})
+		s.Close()
+	}
+	name := "native_" + p.destDB
+	p.do(fmt.Sprintf("SELECT pg_create_logical_replication_slot('%s', 'pgoutput')", name))
+	postgrestest.Exec(b, p.target, fmt.Sprintf(`CREATE SUBSCRIPTION %s CONNECTION 'host=127.0.0.1 port=%d user=postgres dbname=%s' PUBLICATION quorate
+		WITH (create_slot = false, copy_data = false, enabled = false, slot_name = '%s', synchronous_commit = off)`, name, p.server.Port, p.sourceDB, name))
+	var took time.Duration
+	for b.Loop() {
+		n++
+		p.do(fmt.Sprintf("INSERT INTO marker VALUES (-%d)", n))
+		load(p)
+		p.do("SET synchronous_commit = on", fmt.Sprintf("INSERT INTO marker VALUES (%d)", n))
+		for _, t := range p.transactions() {
+			rows += int(t.Payload.Header.Changes)
+			txs++
+		}
+		postgrestest.Exec(b, p.target, "ALTER SUBSCRIPTION "+name+" ENABLE")
+		seen := func(marker int) {
+			for one[int](b, p.target, fmt.Sprintf("SELECT count(*) FROM marker WHERE n = %d", marker)) == 0 {
+				time.Sleep(time.Millisecond)
+			}
+		}
+		seen(-n) // the worker's start is not what is compared
+		began := time.Now()
+		seen(n)
+		took += time.Since(began)
+		postgrestest.Exec(b, p.target, "ALTER SUBSCRIPTION "+name+" DISABLE")
+		for one[bool](b, p.source, "SELECT active FROM pg_replication_slots WHERE slot_name = '"+name+"'") {
+			time.Sleep(time.Millisecond)
+		}
+	}
+	b.ReportMetric(0, "ns/op")
+	b.ReportMetric(float64(rows)/took.Seconds(), "rows/s")
+	b.ReportMetric(float64(txs)/took.Seconds(), "tx/s")
+	postgrestest.Exec(b, p.target, "DROP SUBSCRIPTION "+name)
+}
+
 var batchSizes = []int{1, 100, 2000}
 
 func BenchmarkInserts(b *testing.B) {
+	b.Run("native", func(b *testing.B) {
+		from := 0
+		benchmarkNative(b, []string{"CREATE TABLE t (id int PRIMARY KEY, v text)"}, nil, func(p *pair) {
+			p.do("SET synchronous_commit = off", fmt.Sprintf(`DO $$ BEGIN FOR i IN %d..%d LOOP INSERT INTO t VALUES (i, 'value ' || i); COMMIT; END LOOP; END $$`, from+1, from+20_000))
+			from += 20_000
+		})
+	})
 	for _, n := range batchSizes {
 		b.Run(fmt.Sprintf("batch=%d", n), func(b *testing.B) {
 			benchmarkBacklog(b, n, []string{"CREATE TABLE t (id int PRIMARY KEY, v text)"}, nil, func(p *pair) {
@@ -73,6 +128,11 @@ func BenchmarkInserts(b *testing.B) {
 }
 
 func BenchmarkUpdates(b *testing.B) {
+	b.Run("native", func(b *testing.B) {
+		benchmarkNative(b, []string{"CREATE TABLE t (id int PRIMARY KEY, v text)"}, []string{"INSERT INTO t SELECT g, 'value' FROM generate_series(1, 100000) g"}, func(p *pair) {
+			p.do("SET synchronous_commit = off", `DO $$ BEGIN FOR i IN 1..20000 LOOP UPDATE t SET v = 'changed ' || i WHERE id = 1 + (i::bigint * 7919) % 100000; COMMIT; END LOOP; END $$`)
+		})
+	})
 	for _, n := range batchSizes {
 		b.Run(fmt.Sprintf("batch=%d", n), func(b *testing.B) {
 			benchmarkBacklog(b, n, []string{"CREATE TABLE t (id int PRIMARY KEY, v text)"}, []string{"INSERT INTO t SELECT g, 'value' FROM generate_series(1, 100000) g"}, func(p *pair) {
@@ -102,21 +162,25 @@ func BenchmarkTPCB(b *testing.B) {
 		`INSERT INTO pgbench_tellers SELECT g, 1 + g / 10, 0, '' FROM generate_series(1, 100) g`,
 		`INSERT INTO pgbench_accounts SELECT g, 1 + g / 100000, 0, '' FROM generate_series(1, 300000) g`,
 	}
+	tpcb := func(n int) string {
+		return fmt.Sprintf(`DO $$ DECLARE d int; BEGIN FOR i IN 1..%d LOOP d := i %% 1000;
+			UPDATE pgbench_accounts SET abalance = abalance + d WHERE aid = 1 + (i::bigint * 7919) %% 300000;
+			UPDATE pgbench_tellers SET tbalance = tbalance + d WHERE tid = 1 + i %% 100;
+			UPDATE pgbench_branches SET bbalance = bbalance + d WHERE bid = 1 + i %% 10;
+			INSERT INTO pgbench_history VALUES (1 + i %% 100, 1 + i %% 10, i, d, now(), ''); COMMIT; END LOOP; END $$`, n)
+	}
+	b.Run("native", func(b *testing.B) {
+		benchmarkNative(b, schema, before, func(p *pair) { p.do("SET synchronous_commit = off", tpcb(10_000)) })
+	})
 	for _, n := range batchSizes {
 		b.Run(fmt.Sprintf("batch=%d", n), func(b *testing.B) {
-			benchmarkBacklog(b, n, schema, before, func(p *pair) {
-				p.do("SET synchronous_commit = off", fmt.Sprintf(`DO $$ DECLARE d int; BEGIN FOR i IN 1..%d LOOP d := i %% 1000;
-					UPDATE pgbench_accounts SET abalance = abalance + d WHERE aid = 1 + (i::bigint * 7919) %% 300000;
-					UPDATE pgbench_tellers SET tbalance = tbalance + d WHERE tid = 1 + i %% 100;
-					UPDATE pgbench_branches SET bbalance = bbalance + d WHERE bid = 1 + i %% 10;
-					INSERT INTO pgbench_history VALUES (1 + i %% 100, 1 + i %% 10, i, d, now(), ''); COMMIT; END LOOP; END $$`, min(10_000, 1000*n)))
-			})
+			benchmarkBacklog(b, n, schema, before, func(p *pair) { p.do("SET synchronous_commit = off", tpcb(min(10_000, 1000*n))) })
 		})
 	}
 }
 
 // BenchmarkLargeTransaction applies one transaction of a million rows from
-// fragments, and reports how much of it was ever held.
+// fragments.
 func BenchmarkLargeTransaction(b *testing.B) {
 	const rows, fragmentBytes = 1_000_000, 1 << 20
 	p := newPair(b)

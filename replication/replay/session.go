@@ -40,11 +40,10 @@ type Config struct {
 
 func (c *Config) setDefaults() error {
 	var errs []error
-	if c.ConnString == "" {
-		errs = append(errs, errors.New("ConnString: missing"))
-	}
-	if c.Origin == "" {
-		errs = append(errs, errors.New("Origin: missing"))
+	for _, f := range []struct{ name, value string }{{"ConnString", c.ConnString}, {"Origin", c.Origin}} {
+		if f.value == "" {
+			errs = append(errs, fmt.Errorf("%s: missing", f.name))
+		}
 	}
 	if c.ApplicationName == "" {
 		c.ApplicationName = "quorate replay"
