@@ -1,6 +1,7 @@
 package sidecar
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -270,6 +271,17 @@ func (se *session) replayer(ctx context.Context) error {
 		}
 		var work []replay.Transaction
 		var incarnations []paxosgroup.Incarnation
+		flush := func() error {
+			if len(work) == 0 {
+				return nil
+			}
+			if err := se.await(ctx, func() bool { return se.settled }); err != nil {
+				return err
+			}
+			err := se.apply(ctx, work, incarnations)
+			work, incarnations = nil, nil
+			return err
+		}
 		for _, d := range batch {
 			se.mu.Lock()
 			learned := se.learned
@@ -282,18 +294,27 @@ func (se *session) replayer(ctx context.Context) error {
 			if err != nil {
 				return err
 			}
-			if tx != nil {
-				work = append(work, *tx)
-				incarnations = append(incarnations, d.Entry.Incarnation)
+			if tx == nil {
+				continue
+			}
+			// What DDL makes (an enum's value, say) may be of use only in later
+			// transactions, as it was at its origin.
+			alone := tx.Payload.Type == entry.TypeCommit || bytes.Contains(tx.Payload.Body, []byte(entry.DDLPrefix))
+			if alone {
+				if err := flush(); err != nil {
+					return endOf(ctx, err)
+				}
+			}
+			work = append(work, *tx)
+			incarnations = append(incarnations, d.Entry.Incarnation)
+			if alone {
+				if err := flush(); err != nil {
+					return endOf(ctx, err)
+				}
 			}
 		}
-		if len(work) > 0 {
-			if err := se.await(ctx, func() bool { return se.settled }); err != nil {
-				return nil
-			}
-			if err := se.apply(ctx, work, incarnations); err != nil {
-				return endOf(ctx, err)
-			}
+		if err := flush(); err != nil {
+			return endOf(ctx, err)
 		}
 		se.set(func() { se.applied = next - 1 })
 		se.group.SetApplied(next - 1)

@@ -12,6 +12,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"quorate/paxosgroup"
+	"quorate/paxosgroup/runner"
 	"quorate/sidecar/admin"
 	"quorate/sidecar/config"
 	"quorate/sidecar/sidecarpb"
@@ -323,6 +324,9 @@ func (b *backend) ReadLog(ctx context.Context, from uint64, limit int, changes b
 			return nil
 		}
 		batch, err := s.group.Read(slot, 1<<20)
+		if errors.Is(err, runner.ErrCompacted) {
+			return admin.ErrCompacted
+		}
 		if err != nil {
 			return err
 		}
