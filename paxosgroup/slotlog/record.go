@@ -33,14 +33,22 @@ var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 // checksum covers where the bytes belong, so that a block written to the wrong
 // place, or left over from another life of the file, does not pass.
 func checksum(sequence uint64, offset int64, parts ...[]byte) uint32 {
-	var place [16]byte
-	binary.LittleEndian.PutUint64(place[0:], sequence)
-	binary.LittleEndian.PutUint64(place[8:], uint64(offset))
-	crc := crc32.Update(0, castagnoli, place[:])
+	crc := checksumNumber(checksumNumber(0, sequence), uint64(offset))
 	for _, p := range parts {
 		crc = crc32.Update(crc, castagnoli, p)
 	}
 	return crc
+}
+
+// checksumNumber goes on with crc over the little-endian bytes of v. An array of
+// them, handed to crc32.Update, would be allocated each time.
+func checksumNumber(crc uint32, v uint64) uint32 {
+	crc = ^crc
+	for range 8 {
+		crc = castagnoli[byte(crc)^byte(v)] ^ crc>>8
+		v >>= 8
+	}
+	return ^crc
 }
 
 // state is what a group's records add up to, entries apart.
