@@ -55,7 +55,6 @@ type peer struct {
 const (
 	acceptBytesMax    = 1 << 20
 	acceptSlotsMax    = 256
-	retransmitSlots   = 64
 	noticeDelay       = 5 * time.Millisecond
 	retransmitMin     = 50 * time.Millisecond
 	retransmitUnknown = 300 * time.Millisecond
@@ -390,7 +389,7 @@ func (r *Replica) retransmit(p *peer) {
 	}
 	var chunk []SlotEntry
 	size := 0
-	for s := r.chosen + 1; s < l.next && len(chunk) < retransmitSlots && size < acceptBytesMax; s++ {
+	for s := r.chosen + 1; s < l.next && len(chunk) < acceptSlotsMax && size < acceptBytesMax; s++ {
 		st := r.log[s]
 		if st == nil || st.ballot != r.ballot || st.acks&(1<<p.index) != 0 {
 			continue

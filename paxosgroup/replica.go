@@ -27,11 +27,10 @@ const (
 // slotState is a slot above the chosen prefix: what was accepted there, and for
 // the proposer at that ballot, who is known to have accepted it.
 type slotState struct {
-	ballot  Ballot
-	entry   Entry
-	acks    uint64 // by index in the membership that governs the slot
-	decided bool
-	sentAt  Instant
+	ballot Ballot
+	entry  Entry
+	acks   uint64 // by index in the membership that governs the slot
+	sentAt Instant
 }
 
 // ownRecord is a promise (slot 0) or acceptance by this very replica that

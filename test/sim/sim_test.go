@@ -11,7 +11,7 @@ import (
 
 var (
 	simSeed  = flag.Uint64("sim.seed", 0, "replay this one seed")
-	simSeeds = flag.Int("sim.seeds", 60, "how many seeds to run, from -sim.from on")
+	simSeeds = flag.Int("sim.seeds", 100, "how many seeds to run, from -sim.from on")
 	simFrom  = flag.Uint64("sim.from", 1, "first seed")
 )
 
