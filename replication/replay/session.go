@@ -114,19 +114,22 @@ func Connect(ctx context.Context, cfg Config) (*Session, error) {
 // wrote, whatever the database's or the role's settings say.
 func (c *Config) settings() map[string]string {
 	return map[string]string{
-		"session_replication_role":            "replica",
-		"synchronous_commit":                  "off", // the log is the durable copy
-		"client_encoding":                     "UTF8",
-		"DateStyle":                           "ISO, MDY",
-		"IntervalStyle":                       "postgres",
-		"extra_float_digits":                  "3",
-		"bytea_output":                        "hex",
-		"TimeZone":                            "UTC",
-		"xmloption":                           "content",
-		"default_transaction_read_only":       "off",
-		"default_transaction_isolation":       "read committed",
-		"default_transaction_deferrable":      "off",
-		"lock_timeout":                        strconv.FormatInt(c.LockTimeout.Milliseconds(), 10),
+		"session_replication_role":       "replica",
+		"synchronous_commit":             "off", // the log is the durable copy
+		"client_encoding":                "UTF8",
+		"DateStyle":                      "ISO, MDY",
+		"IntervalStyle":                  "postgres",
+		"extra_float_digits":             "3",
+		"bytea_output":                   "hex",
+		"TimeZone":                       "UTC",
+		"xmloption":                      "content",
+		"default_transaction_read_only":  "off",
+		"default_transaction_isolation":  "read committed",
+		"default_transaction_deferrable": "off",
+		"lock_timeout":                   strconv.FormatInt(c.LockTimeout.Milliseconds(), 10),
+		// Below lock_timeout, or an autovacuum in the way would never be cancelled:
+		// that happens when the wait is checked for a deadlock.
+		"deadlock_timeout":                    strconv.FormatInt(min(1000, max(1, c.LockTimeout.Milliseconds()/2)), 10),
 		"statement_timeout":                   "0",
 		"idle_in_transaction_session_timeout": "0",
 		"row_security":                        "off",
