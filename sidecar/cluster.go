@@ -152,7 +152,11 @@ func (m *membership) attempt(ctx context.Context, id *identity) (waiting string,
 			prepared.Life = sidecarpb.Life_LIFE_MEMBER
 			return "", m.store(prepared)
 		}
-		if !probes[m.cfg.Region].DatabaseEmpty {
+		own := probes[m.cfg.Region]
+		if own.DatabaseProblem != "" {
+			return own.DatabaseProblem, nil
+		}
+		if !own.DatabaseEmpty {
 			return "", errors.New("postgres.dsn: this region has no identity in the running cluster, but its database is not empty: empty it (drop and create the database) so that it can be seeded from another region")
 		}
 		return m.joinRunning(ctx)
