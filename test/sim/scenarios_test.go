@@ -263,3 +263,30 @@ func TestTransferIsQuick(t *testing.T) {
 		t.Errorf("a transfer took %v, longer than draining and an election without waiting", worst)
 	}
 }
+
+// Replica 2 has not heard the leader for so long that it honours no lease any
+// more; the others have, when the leader is paused. They must not let replica 2
+// lead until that lease has run out: the leader would wake up believing in it.
+func TestLeaseOfPausedLeader(t *testing.T) {
+	w := newWorld(3, 5, nil)
+	one := w.elect(t, 1)
+	w.onlyElectable(2)
+	w.cut[link{1, 2}] = true
+	w.run(1600 * time.Millisecond)
+	until := one.leaseUntil
+	if until <= one.clock(w.now) {
+		t.Fatal("the leader holds no lease")
+	}
+	one.pausedUntil = w.now + 5*time.Second
+	two := w.node(2)
+	if !w.runUntil(4*time.Second, func() bool { return two.leaseUntil > two.clock(w.now) }) {
+		t.Fatalf("replica 2 does not lead: %v%s", w.check.err, w.describe())
+	}
+	if one.clock(w.now) < until {
+		t.Error("replica 2 holds a lease while that of the paused leader runs")
+	}
+	w.run(3 * time.Second)
+	if w.check.err != nil {
+		t.Error(w.check.err)
+	}
+}
