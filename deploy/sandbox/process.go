@@ -117,7 +117,8 @@ func (p *process) paused() bool {
 	}
 	threads, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/[0-9]*/stat", p.pid))
 	for _, t := range threads {
-		if fields, err := statFields(t); err == nil && fields[0] != "T" {
+		// A thread that cannot be read any more is ending, not stopped.
+		if fields, err := statFields(t); err != nil || fields[0] != "T" {
 			return false
 		}
 	}
