@@ -247,11 +247,15 @@ func seedFrom(ctx context.Context, cfg *config.Config, db *database, peers *regi
 	if err := db.createSeed(ctx); err != nil {
 		return base, 0, err
 	}
+	bin, err := db.binDir(ctx, cfg)
+	if err != nil {
+		return base, 0, err
+	}
 	begun := time.Now()
 	say("loading an image from region " + region)
 	manifest, err := snapshot.Load(ctx, snapshot.LoadConfig{
 		Client: conn, ConnString: db.dsnOf(db.seedName()), ClusterID: fmt.Sprintf("%016x", clusterID),
-		BinDir: binDir(cfg), Streams: cfg.Snapshot.Parallel, Logger: log,
+		BinDir: bin, Streams: cfg.Snapshot.Parallel, Logger: log,
 	})
 	if err != nil {
 		return base, 0, err
@@ -276,22 +280,26 @@ func seedFrom(ctx context.Context, cfg *config.Config, db *database, peers *regi
 	return base, inc, nil
 }
 
-// binDir is where PostgreSQL's programs are: the configured directory, else that
-// of the newest version installed (pg_dump reads servers older than itself), else
-// wherever the PATH has them.
-func binDir(cfg *config.Config) string {
+// binDir is where PostgreSQL's programs of the server's version are: a newer
+// pg_dump writes settings that an older server refuses.
+func (db *database) binDir(ctx context.Context, cfg *config.Config) (string, error) {
 	if cfg.Postgres.BinDir != "" {
-		return cfg.Postgres.BinDir
+		return cfg.Postgres.BinDir, nil
 	}
-	for major := 18; major >= 15; major-- {
-		if p := cfg.Postgres.Binary("pg_dump", major); filepath.IsAbs(p) {
-			return filepath.Dir(p)
+	var version int
+	err := db.withMaintenance(ctx, func(conn *pgx.Conn) error {
+		return conn.QueryRow(ctx, "SELECT current_setting('server_version_num')::int").Scan(&version)
+	})
+	if err != nil {
+		return "", fmt.Errorf("read the server's version: %w", err)
+	}
+	program := cfg.Postgres.Binary("pg_dump", version/10000)
+	if !filepath.IsAbs(program) {
+		if program, err = exec.LookPath(program); err != nil {
+			return "", fmt.Errorf("pg_dump of PostgreSQL %d is not found: install postgresql-client-%d, or set postgres.bin_dir", version/10000, version/10000)
 		}
 	}
-	if p, err := exec.LookPath("pg_dump"); err == nil {
-		return filepath.Dir(p)
-	}
-	return "/usr/bin"
+	return filepath.Dir(program), nil
 }
 
 // Open implements snapshot.Source: it exports this region's database at a slot
@@ -325,7 +333,7 @@ func (se *session) exportFollower(ctx context.Context) (*snapshot.Exported, erro
 	se.mu.Lock()
 	slot := max(se.applied, paxosgroup.Slot(e.Slot))
 	se.mu.Unlock()
-	return se.exported(e.Name, slot, e.Release)
+	return se.exported(ctx, e.Name, slot, e.Release)
 }
 
 // exportLeader exports the snapshot that the making of a replication slot gives:
@@ -398,17 +406,21 @@ func (se *session) exportLeader(ctx context.Context) (*snapshot.Exported, error)
 		release()
 		return nil, fmt.Errorf("export: %w", err)
 	}
-	return se.exported(made.SnapshotName, slot, release)
+	return se.exported(ctx, made.SnapshotName, slot, release)
 }
 
-func (se *session) exported(name string, slot paxosgroup.Slot, release func()) (*snapshot.Exported, error) {
-	base, err := se.group.BaseAt(slot)
+func (se *session) exported(ctx context.Context, name string, slot paxosgroup.Slot, release func()) (*snapshot.Exported, error) {
+	bin, err := se.db.binDir(ctx, se.cfg)
+	var base paxosgroup.Base
+	if err == nil {
+		base, err = se.group.BaseAt(slot)
+	}
 	if err != nil {
 		release()
 		return nil, fmt.Errorf("export at slot %d: %w", slot, err)
 	}
 	return &snapshot.Exported{
 		ConnString: se.db.dsn, SnapshotName: name, Slot: uint64(slot), Base: paxosgroup.EncodeBase(base),
-		Incarnation: uint64(se.incarnation), Release: release,
+		Incarnation: uint64(se.incarnation), BinDir: bin, Release: release,
 	}, nil
 }

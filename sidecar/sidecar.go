@@ -223,7 +223,7 @@ func takePart(ctx context.Context, cfg *config.Config, id identity, member *memb
 	group.SetElectable(false)
 
 	m.watch(registry, slots, group)
-	images, err := snapshot.NewServer(snapshot.ServerConfig{Source: s, ClusterID: fmt.Sprintf("%016x", id.ClusterID), BinDir: binDir(cfg), Logger: log})
+	images, err := snapshot.NewServer(snapshot.ServerConfig{Source: s, ClusterID: fmt.Sprintf("%016x", id.ClusterID), Logger: log})
 	if err != nil {
 		return err
 	}

@@ -1,6 +1,7 @@
 package snapshot
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -23,7 +24,7 @@ const protocol = 1
 type ServerConfig struct {
 	ClusterID   string
 	Source      Source
-	BinDir      string // of PostgreSQL's programs, of the server's version: pg_dump is needed
+	BinDir      string // of PostgreSQL's programs, of the server's version: pg_dump is needed; "" if Exported names it
 	Publication string // not shipped; default "quorate"
 	ImagesMax   int    // open at a time, default 2
 	PartBytes   int64  // a larger table goes in several parts, default 64 MiB
@@ -62,9 +63,6 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 	}
 	if cfg.Source == nil {
 		errs = append(errs, errors.New("Source: missing"))
-	}
-	if cfg.BinDir == "" {
-		errs = append(errs, errors.New("BinDir: missing"))
 	}
 	if cfg.Publication == "" {
 		cfg.Publication = "quorate"
@@ -198,7 +196,7 @@ func (s *Server) Fetch(req *snapshotpb.FetchRequest, stream grpc.ServerStreaming
 }
 
 func (s *Server) dumpSchema(ctx context.Context, img *image, w *chunkWriter) error {
-	cmd, said, err := program(ctx, s.cfg.BinDir, "pg_dump", img.exported.ConnString, sourceSettings,
+	cmd, said, err := program(ctx, cmp.Or(img.exported.BinDir, s.cfg.BinDir), "pg_dump", img.exported.ConnString, sourceSettings,
 		"--format=custom", "--compress=0", "--schema-only", "--snapshot="+img.exported.SnapshotName,
 		"--exclude-schema="+entry.LocalSchema, "--exclude-schema="+entry.FenceSchema, "--no-subscriptions", "--no-tablespaces", "--encoding=UTF8")
 	if err != nil {

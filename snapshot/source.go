@@ -25,6 +25,7 @@ type Exported struct {
 	Slot         uint64 // the snapshot holds exactly the slots up to here
 	Base         []byte // what the destination's log starts from; only carried
 	Incarnation  uint64 // of this database
+	BinDir       string // of PostgreSQL's programs, of the server's version; "" means ServerConfig's
 
 	// Verify, if set, is asked when everything was delivered and before the
 	// destination may use it: an error voids the image. A leader's image holds
