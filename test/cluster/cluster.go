@@ -28,6 +28,7 @@ type Options struct {
 	Regions  int
 	WAN      string
 	Feed     bool
+	Jaeger   bool
 	OTLP     string
 	Postgres map[string]string // settings of every server
 }
@@ -104,14 +105,14 @@ func (c *Cluster) up(o Options) {
 		o.WAN = "none"
 	}
 	s, err := sandbox.New(ctx, sandbox.Options{
-		Dir: c.Dir, Regions: &o.Regions, WAN: &o.WAN, Feed: &o.Feed, OTLP: &o.OTLP,
+		Dir: c.Dir, Regions: &o.Regions, WAN: &o.WAN, Feed: &o.Feed, OTLP: &o.OTLP, Jaeger: &o.Jaeger,
 		QuorateBin: filepath.Join(Binaries(c.t), "quorate"), PostgresSettings: o.Postgres,
 	})
 	if err != nil {
 		c.t.Fatal(err)
 	}
 	c.Supervisor = s
-	if err := s.Start(ctx); err == nil {
+	if err = s.Start(ctx); err == nil {
 		err = s.AwaitReady(ctx)
 	}
 	if err != nil {
