@@ -23,6 +23,27 @@ func (r *Replica) Status() Status {
 	return s
 }
 
+// Brief is what of a replica's Status moves seldom, and whoever watches the
+// replica wants to know at once. Two are compared by ==.
+type Brief struct {
+	Role   Role
+	Leader ReplicaID
+	Ballot Ballot
+	Term   Ballot // the judge's
+	Base   Slot
+	Epoch  uint64
+	Leased bool
+}
+
+// Brief costs no allocation.
+func (r *Replica) Brief() Brief {
+	b := Brief{Role: r.role, Leader: r.leader.Replica, Ballot: r.highest, Term: r.judge.Term, Base: r.base.Slot, Epoch: r.membership.Epoch}
+	if r.role == Leader {
+		b.Leader, b.Ballot, b.Leased = r.cfg.ID, r.ballot, r.reportedLease() != 0
+	}
+	return b
+}
+
 // Leading returns the ballot in which this replica leads, or none.
 func (r *Replica) Leading() (Ballot, bool) {
 	if r.role != Leader {

@@ -20,7 +20,8 @@ func (se *session) publish(ctx context.Context) error {
 	var next paxosgroup.Slot
 	for {
 		se.mu.Lock()
-		changed, leader := se.changed, se.leaderLocked()
+		leader := se.leaderLocked()
+		turned := upon(&se.turned)
 		se.mu.Unlock()
 		if err := se.publishOnce(ctx, &next); err != nil {
 			return endOf(ctx, err)
@@ -32,9 +33,9 @@ func (se *session) publish(ctx context.Context) error {
 				return nil
 			case <-tick.C:
 				waiting = false
-			case <-changed:
+			case <-turned:
 				se.mu.Lock()
-				changed = se.changed
+				turned = upon(&se.turned)
 				waiting = se.leaderLocked() == leader
 				se.mu.Unlock()
 			}

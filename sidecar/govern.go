@@ -43,7 +43,7 @@ func (se *session) govern(ctx context.Context) error {
 	for {
 		status, statusChanged := se.group.Status(), se.group.StatusChanged()
 		se.mu.Lock()
-		turned := se.turned
+		turned := upon(&se.turned)
 		condemned := se.divergent
 		leads := status.Role == paxosgroup.Leader && se.term.ballot == status.Ballot && se.term.incarnation == se.incarnation
 		lineage := se.lineage()

@@ -47,8 +47,8 @@ type shard struct {
 	others    *backend                  // asks the other regions
 
 	mu      sync.Mutex
-	changed chan struct{} // closed and replaced at every change
-	turned  chan struct{} // closed and replaced at those that may move the database's role
+	changed chan struct{} // closed at the next change; nil if nobody waits
+	turned  chan struct{} // closed at the next that may move the database's role; nil if nobody waits
 
 	// What the log says, as far as it was learned.
 	learned      paxosgroup.Slot
@@ -123,20 +123,32 @@ type pendingPosition struct {
 func newShard(cfg *config.Config, tracer *tracing.Tracer, m *metrics, log *slog.Logger) *shard {
 	return &shard{
 		cfg: cfg, tracer: tracer, metrics: m, log: log.With("shard", mainShard),
-		changed: make(chan struct{}), turned: make(chan struct{}), state: admin.StateStarting, spans: make(chan commitSpans, spansMax), accepted: make(chan acceptedEntry, spansMax), now: runner.BootTime,
+		state: admin.StateStarting, spans: make(chan commitSpans, spansMax), accepted: make(chan acceptedEntry, spansMax), now: runner.BootTime,
 	}
 }
 
 // notify wakes everyone in await. The caller holds mu.
-func (s *shard) notify() {
-	close(s.changed)
-	s.changed = make(chan struct{})
+func (s *shard) notify() { wake(&s.changed) }
+
+// wake closes a channel that somebody waits for.
+func wake(c *chan struct{}) {
+	if *c != nil {
+		close(*c)
+		*c = nil
+	}
+}
+
+// upon returns a channel that wake closes.
+func upon(c *chan struct{}) <-chan struct{} {
+	if *c == nil {
+		*c = make(chan struct{})
+	}
+	return *c
 }
 
 // turn wakes govern as well. The caller holds mu.
 func (s *shard) turn() {
-	close(s.turned)
-	s.turned = make(chan struct{})
+	wake(&s.turned)
 	s.notify()
 }
 
@@ -144,11 +156,12 @@ func (s *shard) turn() {
 func (s *shard) await(ctx context.Context, ok func() bool) error {
 	for {
 		s.mu.Lock()
-		done, changed := ok(), s.changed
-		s.mu.Unlock()
-		if done {
+		if ok() {
+			s.mu.Unlock()
 			return nil
 		}
+		changed := upon(&s.changed)
+		s.mu.Unlock()
 		select {
 		case <-changed:
 		case <-ctx.Done():

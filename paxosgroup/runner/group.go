@@ -33,10 +33,13 @@ type Group struct {
 	statusChanged chan struct{} // nil if nobody watches
 
 	// The loop's own.
-	core     *paxosgroup.Replica
-	dirty    bool
-	deadline paxosgroup.Instant
-	waiting  []*proposal // oldest first
+	core        *paxosgroup.Replica
+	dirty       bool
+	deadline    paxosgroup.Instant
+	brief       paxosgroup.Brief // as published
+	publishedAt paxosgroup.Instant
+	stale       bool        // progress was made since
+	waiting     []*proposal // oldest first
 }
 
 func (r *Runner) newGroup(gc GroupConfig) (*Group, error) {
@@ -86,7 +89,7 @@ func (r *Runner) newGroup(gc GroupConfig) (*Group, error) {
 	if err := g.rebuild(core.Status()); err != nil {
 		return fail(err)
 	}
-	g.publish()
+	g.publish(r.cfg.Clock())
 	return g, nil
 }
 
@@ -123,8 +126,11 @@ func (g *Group) settle(now paxosgroup.Instant) {
 		}
 		g.pay(rd)
 	}
+	g.publish(now)
 	g.deadline = g.core.NextDeadline()
-	g.publish()
+	if g.stale {
+		g.deadline = min(g.deadline, g.publishedAt.Add(statusAgeMax))
+	}
 }
 
 // pay does what a Ready asks for.
@@ -228,14 +234,22 @@ func (g *Group) restarted(b paxosgroup.Base) {
 	}
 }
 
-// publish makes the core's status visible and tells those who watch for more
-// than progress.
-func (g *Group) publish() {
+// statusAgeMax bounds how far the progress that Status shows may lag behind.
+const statusAgeMax = 5 * time.Millisecond
+
+// publish makes the core's status visible: at once what others watch for,
+// progress only now and then, since a Status has to be made anew each time.
+func (g *Group) publish(now paxosgroup.Instant) {
+	brief := g.core.Brief()
+	turned := brief != g.brief
+	if !turned && now.Sub(g.publishedAt) < statusAgeMax && g.status.Load() != nil {
+		g.stale = true
+		return
+	}
 	s := g.core.Status()
-	old := g.status.Swap(&s)
-	if old != nil && old.Role == s.Role && old.Ballot == s.Ballot && old.Leader == s.Leader &&
-		old.Membership.Epoch == s.Membership.Epoch && old.Base == s.Base && old.Judge.Term == s.Judge.Term &&
-		(old.LeaseUntil == 0) == (s.LeaseUntil == 0) {
+	g.status.Store(&s)
+	g.brief, g.publishedAt, g.stale = brief, now, false
+	if !turned {
 		return
 	}
 	g.mu.Lock()
@@ -246,8 +260,8 @@ func (g *Group) publish() {
 	}
 }
 
-// Status returns a snapshot as of the last thing that happened to the replica.
-// It costs a load. What it points to is shared and must not be changed.
+// Status returns a snapshot of the replica. What StatusChanged tells of is of
+// now, the rest at most 5 ms old. It costs a load. What it points to is shared and must not be changed.
 func (g *Group) Status() paxosgroup.Status { return *g.status.Load() }
 
 // StatusChanged returns a channel that is closed when role, ballot, leader,
