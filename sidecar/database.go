@@ -156,9 +156,11 @@ func (db *database) openForSession(ctx context.Context) (shut bool, err error) {
 	return shut, db.allowConnections(ctx)
 }
 
-// check refuses a server that cannot carry the promises.
-func (db *database) check(ctx context.Context, conn *pgx.Conn) error {
+// check refuses a server that cannot carry the promises. The replication slot is
+// the sidecar's own; warn is told of what is merely to be looked at.
+func (db *database) check(ctx context.Context, conn *pgx.Conn, replicationSlot string, warn func(string)) error {
 	_, problems, err := catalog.Check(ctx, conn, catalog.CheckOptions{
+		ReplicationSlot:  replicationSlot,
 		DatabasesAllowed: []string{db.base.Database, db.seedName(), db.oldName()},
 	})
 	if err != nil {
@@ -167,13 +169,18 @@ func (db *database) check(ctx context.Context, conn *pgx.Conn) error {
 	var errs []error
 	for _, p := range problems {
 		if p.Fatal {
-			errs = append(errs, errors.New(p.String()))
+			errs = append(errs, &unfitError{p})
 		} else {
-			db.log.Warn("the server is set up in a way to look at", "problem", p.String())
+			warn(p.String())
 		}
 	}
 	return errors.Join(errs...)
 }
+
+// unfitError is a problem of the server that an operator has to mend.
+type unfitError struct{ catalog.Problem }
+
+func (e *unfitError) Error() string { return e.String() }
 
 // stand is what the database says of itself.
 type stand struct {

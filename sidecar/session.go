@@ -124,9 +124,6 @@ func (se *session) connect(ctx context.Context) error {
 			return err
 		}
 	}
-	if err := se.db.check(ctx, se.ctl); err != nil {
-		return err
-	}
 	if err := se.ctl.QueryRow(ctx, "SELECT pg_postmaster_start_time()").Scan(&se.start); err != nil {
 		return err
 	}
@@ -143,6 +140,9 @@ func (se *session) connect(ctx context.Context) error {
 	if err := se.db.requireSlot(ctx, se.ctl, state); err != nil {
 		se.set(func() { se.condemn(err.Error()) })
 		return errReplace
+	}
+	if err := se.db.check(ctx, se.ctl, se.incarnationName(), se.warn); err != nil {
+		return err
 	}
 	if se.flushed, err = se.db.flushLSN(ctx, se.ctl); err != nil {
 		return err
@@ -216,12 +216,34 @@ func (se *session) capture(ctx context.Context) error {
 
 func (s *shard) incarnationName() string { return instanceName(s.incarnation) }
 
+func (se *session) warn(problem string) {
+	se.log.Warn("the server is set up in a way to look at", "problem", problem)
+}
+
+// How often the watchdog looks whether the server answers, and whether it is
+// still one that can carry the promises.
+const (
+	watchInterval = 500 * time.Millisecond
+	checkEvery    = 20 // looks
+)
+
 // watchdog ends the session when the server does not answer, restarts, or is no
-// longer set up so that COMMIT waits for us.
+// longer set up so that COMMIT waits for us and for nothing else.
 func (se *session) watchdog(ctx context.Context) error {
-	tick := time.NewTicker(500 * time.Millisecond)
+	tick := time.NewTicker(watchInterval)
 	defer tick.Stop()
-	for {
+	// Whatever commits in a server that is unfit may not be waited for: no more
+	// writes first.
+	unfit := func(err error) error {
+		se.mu.Lock()
+		b := se.term.ballot
+		se.mu.Unlock()
+		if err := catalog.CloseFence(ctx, se.watch, mainShard, int64(b.Counter), int64(b.Replica), closeWait); err != nil {
+			se.log.Error("close the fence", "err", err)
+		}
+		return err
+	}
+	for look := 1; ; look++ {
 		select {
 		case <-ctx.Done():
 			return nil
@@ -244,14 +266,22 @@ func (se *session) watchdog(ctx context.Context) error {
 		synchronous, ours := se.synchronous, names == se.db.standbyNames()
 		se.mu.Unlock()
 		if synchronous && !ours {
-			// Whatever commits now is not waited for: no more writes first.
-			se.mu.Lock()
-			b := se.term.ballot
-			se.mu.Unlock()
-			if err := catalog.CloseFence(ctx, se.watch, mainShard, int64(b.Counter), int64(b.Replica), closeWait); err != nil {
-				se.log.Error("close the fence", "err", err)
-			}
-			return fmt.Errorf("synchronous_standby_names was changed to %q: commits no longer wait for a quorum of regions; it is set back", names)
+			return unfit(fmt.Errorf("synchronous_standby_names was changed to %q: commits no longer wait for a quorum of regions; it is set back", names))
+		}
+		if look%checkEvery != 0 {
+			continue
+		}
+		checkCtx, cancel := context.WithTimeout(ctx, 10*time.Second)
+		err = se.db.check(checkCtx, se.watch, se.incarnationName(), func(string) {})
+		cancel()
+		var problem *unfitError
+		switch {
+		case ctx.Err() != nil:
+			return nil
+		case errors.As(err, &problem):
+			return unfit(err)
+		case err != nil:
+			return err
 		}
 	}
 }

@@ -342,7 +342,7 @@ func (s *shard) begin(ctx context.Context, db *database, member *membership) (in
 		return 0, err
 	}
 	defer conn.Close(context.WithoutCancel(ctx))
-	if err := db.check(setup, conn); err != nil {
+	if err := db.check(setup, conn, "", func(string) {}); err != nil {
 		return 0, err
 	}
 	st, err := db.readState(setup, conn)
@@ -471,7 +471,7 @@ func (f *firstLook) look(ctx context.Context) lookResult {
 		return lookResult{problem: err.Error()}
 	}
 	defer conn.Close(context.WithoutCancel(ctx))
-	if err := f.db.check(ctx, conn); err != nil {
+	if err := f.db.check(ctx, conn, "", func(string) {}); err != nil {
 		return lookResult{problem: err.Error()}
 	}
 	empty, err := f.db.empty(ctx, conn)
