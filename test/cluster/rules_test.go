@@ -302,7 +302,7 @@ func confirmPastDivergent(t *testing.T, c *Cluster) {
 // value is handed out a second time.
 func nextvalOnlyFailover(t *testing.T, c *Cluster) {
 	leader := c.Leader()
-	c.Exec(leader, "CREATE SEQUENCE many", "CREATE SEQUENCE single INCREMENT -3 CACHE 20", "CREATE TABLE fenced ()")
+	c.Exec(leader, "CREATE SEQUENCE many", "CREATE SEQUENCE single INCREMENT -3 CACHE 20", "CREATE TABLE fenced (id int PRIMARY KEY)")
 	const batch, total = 10_000, 1_000_000
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
@@ -410,9 +410,9 @@ func nextvalOnlyFailover(t *testing.T, c *Cluster) {
 // not be taken for old ones delivered again, which would confirm and drop them.
 func lsnReuseAfterWipe(t *testing.T, c *Cluster) {
 	region := c.Leader()
-	c.Exec(region, "CREATE TABLE reused (id int PRIMARY KEY, part text)")
-	for range 8 { // 16 MiB each: far above all that seeding will write
-		query[string](c, region, "SELECT pg_switch_wal()::text")
+	c.Exec(region, "CREATE TABLE reused (id int PRIMARY KEY, part text)", "CREATE TABLE filler (id int PRIMARY KEY)")
+	for i := range 6 { // 16 MiB each: far above all that seeding will write
+		c.Exec(region, fmt.Sprintf("INSERT INTO filler VALUES (%d)", i), "SELECT pg_switch_wal()")
 	}
 	for i := range 40 {
 		c.Exec(region, fmt.Sprintf("INSERT INTO reused VALUES (%d, 'old')", i))
