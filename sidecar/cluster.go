@@ -38,10 +38,11 @@ type membership struct {
 	// dbState is asked while the sidecar has no part in a cluster yet.
 	dbState func() (empty bool, problem string)
 	// join, region and transfer are set once the sidecar takes part.
-	mu      sync.Mutex
-	id      *identity
-	changed chan struct{} // closed and replaced when id changes
-	serving clusterServing
+	updating sync.Mutex // held over a change of the identity; taken before mu
+	mu       sync.Mutex
+	id       *identity
+	changed  chan struct{} // closed and replaced when id changes
+	serving  clusterServing
 	sidecarpb.UnimplementedClusterServer
 }
 
@@ -68,16 +69,54 @@ func (m *membership) current() (*identity, <-chan struct{}) {
 	return m.id, m.changed
 }
 
-func (m *membership) store(id identity) error {
-	if err := id.save(m.dataDir); err != nil {
+// update replaces the identity by what change makes of the current one (nil if
+// there is none yet), on disk first. A change that returns nil leaves it. Changes
+// come one after the other: what one saw still holds when it is written.
+func (m *membership) update(change func(now *identity) (*identity, error)) error {
+	m.updating.Lock()
+	defer m.updating.Unlock()
+	now, _ := m.current()
+	next, err := change(now)
+	if err != nil || next == nil {
+		return err
+	}
+	if err := next.save(m.dataDir); err != nil {
 		return err
 	}
 	m.mu.Lock()
-	m.id = &id
+	m.id = next
 	close(m.changed)
 	m.changed = make(chan struct{})
 	m.mu.Unlock()
 	return nil
+}
+
+// takePart makes a prepared sidecar of that cluster a member.
+func (m *membership) takePart(clusterID uint64) error {
+	return m.update(func(now *identity) (*identity, error) {
+		switch {
+		case now == nil || now.ClusterID != clusterID:
+			return nil, status.Error(codes.FailedPrecondition, "not prepared for this cluster")
+		case now.Life != sidecarpb.Life_LIFE_PREPARED:
+			return nil, nil
+		}
+		member := *now
+		member.Life = sidecarpb.Life_LIFE_MEMBER
+		return &member, nil
+	})
+}
+
+// markFounded records that the region's database has been set up once: an empty
+// one is from then on one that was lost.
+func (m *membership) markFounded() error {
+	return m.update(func(now *identity) (*identity, error) {
+		if now.Founded {
+			return nil, nil
+		}
+		founded := *now
+		founded.Founded = true
+		return &founded, nil
+	})
 }
 
 func regionNames(cfg *config.Config) []string {
@@ -148,9 +187,7 @@ func (m *membership) attempt(ctx context.Context, id *identity) (waiting string,
 			if id.ClusterID != p.ClusterId {
 				return "", fmt.Errorf("region %s belongs to cluster %016x, this sidecar was prepared for %016x: move data_dir %s away to join as a new replica", r.Name, p.ClusterId, id.ClusterID, m.dataDir)
 			}
-			prepared := *id
-			prepared.Life = sidecarpb.Life_LIFE_MEMBER
-			return "", m.store(prepared)
+			return "", m.takePart(p.ClusterId)
 		}
 		own := probes[m.cfg.Region]
 		if own.DatabaseProblem != "" {
@@ -203,7 +240,14 @@ func (m *membership) found(ctx context.Context, id *identity, probes map[string]
 	}
 	first.NextID = paxosgroup.ReplicaID(len(m.cfg.Regions) + 1)
 	own.Membership = paxosgroup.EncodeMembership(first)
-	if err := m.store(own); err != nil {
+	err := m.update(func(now *identity) (*identity, error) {
+		if now != nil && now.Life != sidecarpb.Life_LIFE_PREPARED {
+			return nil, fmt.Errorf("this sidecar already belongs to cluster %016x", now.ClusterID)
+		}
+		prepared := own
+		return &prepared, nil
+	})
+	if err != nil {
 		return "", err
 	}
 	for i, r := range m.cfg.Regions {
@@ -225,8 +269,7 @@ func (m *membership) found(ctx context.Context, id *identity, probes map[string]
 	}
 	// All have their identity on disk. From here on an empty sidecar is one
 	// that lost it.
-	own.Life = sidecarpb.Life_LIFE_MEMBER
-	if err := m.store(own); err != nil {
+	if err := m.takePart(own.ClusterID); err != nil {
 		return "", err
 	}
 	m.log.Info("cluster made", "cluster", m.cfg.Cluster, "cluster_id", fmt.Sprintf("%016x", own.ClusterID), "origin", origin)
@@ -259,9 +302,14 @@ func (m *membership) joinRunning(ctx context.Context) (string, error) {
 			continue
 		}
 		m.log.Info("joining as a new replica", "replica", reply.ReplicaId)
-		return "", m.store(identity{
-			Cluster: m.cfg.Cluster, ClusterID: reply.ClusterId, Region: m.cfg.Region, ReplicaID: paxosgroup.ReplicaID(reply.ReplicaId),
-			Life: sidecarpb.Life_LIFE_JOINING, Membership: reply.Membership, Founded: true,
+		return "", m.update(func(now *identity) (*identity, error) {
+			if now != nil {
+				return nil, nil // prepared meanwhile: the cluster was not running after all
+			}
+			return &identity{
+				Cluster: m.cfg.Cluster, ClusterID: reply.ClusterId, Region: m.cfg.Region, ReplicaID: paxosgroup.ReplicaID(reply.ReplicaId),
+				Life: sidecarpb.Life_LIFE_JOINING, Membership: reply.Membership, Founded: true,
+			}, nil
 		})
 	}
 	return fmt.Sprintf("asking to join the running cluster: %s", status.Convert(last).Message()), nil
@@ -298,36 +346,37 @@ func (m *membership) Probe(_ context.Context, req *sidecarpb.ProbeRequest) (*sid
 
 // Prepare implements sidecarpb.ClusterServer.
 func (m *membership) Prepare(_ context.Context, req *sidecarpb.PrepareRequest) (*sidecarpb.PrepareReply, error) {
-	id, _ := m.current()
-	if id != nil && id.Life != sidecarpb.Life_LIFE_PREPARED {
-		return nil, status.Errorf(codes.AlreadyExists, "region %s already belongs to cluster %016x", m.cfg.Region, id.ClusterID)
-	}
 	if req.Cluster != m.cfg.Cluster {
 		return nil, status.Errorf(codes.FailedPrecondition, "this sidecar belongs to cluster %q, not %q", m.cfg.Cluster, req.Cluster)
 	}
 	// A prepared sidecar never voted, so it may be prepared anew.
-	err := m.store(identity{
-		Cluster: req.Cluster, ClusterID: req.ClusterId, Region: m.cfg.Region, ReplicaID: paxosgroup.ReplicaID(req.ReplicaId),
-		Life: sidecarpb.Life_LIFE_PREPARED, Membership: req.Membership, Origin: req.Origin,
+	err := m.update(func(now *identity) (*identity, error) {
+		if now != nil && now.Life != sidecarpb.Life_LIFE_PREPARED {
+			return nil, status.Errorf(codes.AlreadyExists, "region %s already belongs to cluster %016x", m.cfg.Region, now.ClusterID)
+		}
+		return &identity{
+			Cluster: req.Cluster, ClusterID: req.ClusterId, Region: m.cfg.Region, ReplicaID: paxosgroup.ReplicaID(req.ReplicaId),
+			Life: sidecarpb.Life_LIFE_PREPARED, Membership: req.Membership, Origin: req.Origin,
+		}, nil
 	})
 	if err != nil {
-		return nil, status.Error(codes.Internal, err.Error())
+		return nil, asStatus(err)
 	}
 	return &sidecarpb.PrepareReply{}, nil
 }
 
+// asStatus keeps an error that is one already.
+func asStatus(err error) error {
+	if _, ok := status.FromError(err); ok {
+		return err
+	}
+	return status.Error(codes.Internal, err.Error())
+}
+
 // Activate implements sidecarpb.ClusterServer.
 func (m *membership) Activate(_ context.Context, req *sidecarpb.ActivateRequest) (*sidecarpb.ActivateReply, error) {
-	id, _ := m.current()
-	if id == nil || id.ClusterID != req.ClusterId {
-		return nil, status.Error(codes.FailedPrecondition, "not prepared for this cluster")
-	}
-	if id.Life == sidecarpb.Life_LIFE_PREPARED {
-		member := *id
-		member.Life = sidecarpb.Life_LIFE_MEMBER
-		if err := m.store(member); err != nil {
-			return nil, status.Error(codes.Internal, err.Error())
-		}
+	if err := m.takePart(req.ClusterId); err != nil {
+		return nil, asStatus(err)
 	}
 	return &sidecarpb.ActivateReply{}, nil
 }

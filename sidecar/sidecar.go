@@ -152,8 +152,13 @@ func join(ctx context.Context, cfg *config.Config, id *identity, member *members
 	if err != nil {
 		return slots, nil, fmt.Errorf("log: %w", err)
 	}
-	id.Life = sidecarpb.Life_LIFE_MEMBER
-	return slots, restored, member.store(*id)
+	err = member.update(func(now *identity) (*identity, error) {
+		joined := *now
+		joined.Life = sidecarpb.Life_LIFE_MEMBER
+		*id = joined
+		return &joined, nil
+	})
+	return slots, restored, err
 }
 
 // startLog makes the group's log begin at a base, durably.
@@ -356,12 +361,8 @@ func (s *shard) begin(ctx context.Context, db *database, member *membership) (in
 		if err := catalog.Install(setup, conn, catalog.Options{ClusterID: clusterID, Region: s.cfg.Region, Shard: mainShard}); err != nil {
 			return 0, err
 		}
-		if !id.Founded {
-			founded := *id
-			founded.Founded = true
-			if err := member.store(founded); err != nil {
-				return 0, err
-			}
+		if err := member.markFounded(); err != nil {
+			return 0, err
 		}
 		return st.incarnation, db.tidy(setup)
 	}
@@ -384,9 +385,7 @@ func (s *shard) begin(ctx context.Context, db *database, member *membership) (in
 	if err := db.found(setup, conn, id.ClusterID, s.cfg.Region, inc, 0); err != nil {
 		return 0, err
 	}
-	founded := *id
-	founded.Founded = true
-	return inc, member.store(founded)
+	return inc, member.markFounded()
 }
 
 // incarnate lives with one incarnation of the database: the learner for as long
