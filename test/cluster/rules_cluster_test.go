@@ -204,6 +204,9 @@ func (c *Cluster) loseSlot(region string) {
 
 // sqlState returns an error's SQLSTATE, or what else it is.
 func sqlState(err error) string {
+	if err == nil {
+		return "success"
+	}
 	var pg *pgconn.PgError
 	if errors.As(err, &pg) {
 		return pg.Code

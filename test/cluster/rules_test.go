@@ -25,7 +25,9 @@ func TestRules(t *testing.T) {
 	c.scenario(t, "straggler_across_terms_fk", stragglerAcrossTerms)
 	c.scenario(t, "noop_slot_wait_applied", noopSlotWaitApplied)
 	c.scenario(t, "confirm_past_divergent", confirmPastDivergent)
+	c.scenario(t, "fence_after_crash", fenceAfterCrash)
 	c.scenario(t, "nextval_only_failover", nextvalOnlyFailover)
+	c.scenario(t, "nextval_only_failover while a client waits", nextvalWaiterFailover)
 	c.scenario(t, "lsn_reuse_after_wipe", lsnReuseAfterWipe)
 }
 
@@ -193,7 +195,7 @@ func confirmPastDivergent(t *testing.T, c *Cluster) {
 		})
 	}
 	c.Eventually(20*time.Second, "waiters", func(ctx context.Context) error {
-		n, err := queryIn[int](ctx, c.maintenanceDSN(leader), "SELECT count(*)::int FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND datname = 'app'")
+		n, err := queryIn[int](ctx, c.maintenanceDSN(leader), "SELECT count(*)::int FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND (query LIKE 'INSERT INTO told%' OR query = 'commit')")
 		if err != nil || n < waiters {
 			return fmt.Errorf("%d wait, %w", n, err)
 		}
@@ -405,6 +407,100 @@ func nextvalOnlyFailover(t *testing.T, c *Cluster) {
 	t.Logf("%d values of two sequences, %d of them before %s was killed, the rest from %s; none twice", count("many")+count("single"), before, leader, next)
 }
 
+// A client that has drawn values waits in its commit while the sidecar is dead,
+// and another region takes over. When the sidecar is back, the client must not
+// be told success: the values are covered by no mark, and are drawn again there.
+func nextvalWaiterFailover(t *testing.T, c *Cluster) {
+	const n = 200_000
+	leader := c.Leader()
+	c.Exec(leader, "CREATE SEQUENCE waited", "SELECT nextval('waited')")
+	c.AwaitEqual()
+	draw := func(conn *pgx.Conn, n int) (values []int64, err error) {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		defer cancel()
+		rows, err := conn.Query(ctx, "SELECT nextval('waited') FROM generate_series(1, $1)", n)
+		if err != nil {
+			return nil, err
+		}
+		return pgx.CollectRows(rows, pgx.RowTo[int64])
+	}
+	conn := c.Connect(leader)
+	c.KillNow(leader, sandbox.Sidecar)
+	type result struct {
+		values []int64
+		err    error
+	}
+	waiter := make(chan result, 1)
+	go func() {
+		values, err := draw(conn, n)
+		waiter <- result{values, err}
+	}()
+	c.Eventually(20*time.Second, "a client that waits", func(ctx context.Context) error {
+		if n, err := queryIn[int](ctx, c.maintenanceDSN(leader), "SELECT count(*)::int FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND query LIKE '%waited%'"); err != nil || n == 0 {
+			return fmt.Errorf("%d, %w", n, err)
+		}
+		return nil
+	})
+	next := c.Leader(c.without(leader)...)
+	here, err := draw(c.Connect(next), n)
+	if err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case r := <-waiter:
+		t.Fatalf("the commit ended without a sidecar: %v", r.err)
+	default:
+	}
+	c.StartAgain(leader)
+	var r result
+	select {
+	case r = <-waiter:
+	case <-time.After(30 * time.Second):
+		t.Fatal("the client is still left waiting")
+	}
+	c.AwaitEqual()
+	if r.err == nil {
+		drawn := map[int64]bool{}
+		for _, v := range here {
+			drawn[v] = true
+		}
+		twice := 0
+		for _, v := range r.values {
+			if drawn[v] {
+				twice++
+			}
+		}
+		t.Errorf("a client of %s was told success after %s had led; %d of its %d values were handed out twice", leader, next, twice, n)
+	}
+	t.Logf("the client that waited at %s: %v", leader, r.err)
+}
+
+// A leader's server crashes while its sidecar stands still. It comes up with its
+// fence closed, whatever it was before, and nobody had to close it.
+func fenceAfterCrash(t *testing.T, c *Cluster) {
+	leader := c.Leader()
+	c.Exec(leader, "CREATE TABLE crashed (id int PRIMARY KEY)", "INSERT INTO crashed VALUES (1)", "CHECKPOINT")
+	c.AwaitEqual()
+	c.Do("pause", func(ctx context.Context) error { return c.Pause(ctx, leader, sandbox.Sidecar) })
+	c.KillNow(leader, sandbox.Postgres)
+	c.StartAgain(leader)
+	conn := c.Connect(leader)
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	for _, sql := range []string{"INSERT INTO crashed VALUES (2)", "CREATE TABLE crashed_too (id int)", "TRUNCATE crashed"} {
+		if _, err := conn.Exec(ctx, sql); sqlState(err) != "25006" {
+			t.Errorf("after the crash: %s: %v; want 25006", sql, err)
+		}
+	}
+	next := c.Leader(c.without(leader)...)
+	c.Exec(next, "INSERT INTO crashed VALUES (3)")
+	c.Do("resume", func(ctx context.Context) error { return c.Resume(ctx, leader, sandbox.Sidecar) })
+	c.AwaitEqual()
+	if ids := query[string](c, leader, "SELECT string_agg(id::text, ',' ORDER BY id) FROM crashed"); ids != "1,3" {
+		t.Errorf("%s holds %s", leader, ids)
+	}
+}
+
 // A region is wiped and comes back with a new server, whose WAL positions lie
 // below those of its old commits in the log. When it leads, its new commits must
 // not be taken for old ones delivered again, which would confirm and drop them.
@@ -493,7 +589,7 @@ func seedWithWaiterThenDepose(t *testing.T, c *Cluster) {
 		ended <- err
 	}()
 	c.Eventually(20*time.Second, "COMMIT waits", func(ctx context.Context) error {
-		if n, err := queryIn[int](ctx, c.maintenanceDSN(leader), "SELECT count(*)::int FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND datname = 'app'"); err != nil || n == 0 {
+		if n, err := queryIn[int](ctx, c.maintenanceDSN(leader), "SELECT count(*)::int FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND query LIKE 'INSERT INTO imaged%'"); err != nil || n == 0 {
 			return fmt.Errorf("%d, %w", n, err)
 		}
 		return nil
