@@ -53,6 +53,9 @@ func Run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	if _, has := restored[mainGroup]; has && id == nil {
 		return fmt.Errorf("log.dir %s holds a log, but %s has no %s: they belong together; if the identity is lost, move both away and start again: the region then joins as a new replica", cfg.Log.Dir, cfg.DataDir, identityFile)
 	}
+	if _, has := restored[mainGroup]; !has && id != nil && id.Began {
+		return fmt.Errorf("the log in log.dir %s is lost, and with it what this replica promised: it must not vote again. Bring the log back, or move data_dir %s away and empty the database: the region then joins as a new replica", cfg.Log.Dir, cfg.DataDir)
+	}
 	db, err := newDatabase(&cfg, log)
 	if err != nil {
 		return err
@@ -61,8 +64,7 @@ func Run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	peers := newRegionClients(&cfg)
 	defer peers.close()
 
-	back := &backend{cfg: &cfg, peers: peers, version: admin.Build(), last: map[string]admin.RegionStatus{}}
-	back.say("starting")
+	back := &backend{cfg: &cfg, peers: peers, version: admin.Build(), log: log, note: "starting", last: map[string]admin.RegionStatus{}}
 	first := newFirstLook(db)
 	member := newMembership(&cfg, id, peers, log, first.state)
 
@@ -83,7 +85,8 @@ func Run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 			return endOf(ctx, err)
 		}
 		if id.Life == sidecarpb.Life_LIFE_JOINING {
-			if slots, restored, err = join(ctx, &cfg, &id, member, slots, db, peers, back.say, log); err != nil {
+			_, begun := restored[mainGroup]
+			if slots, restored, err = join(ctx, &cfg, &id, member, slots, begun, db, peers, back.say, log); err != nil {
 				return endOf(ctx, err)
 			}
 		}
@@ -98,7 +101,7 @@ func serve(ctx context.Context, cfg *config.Config, register func(*grpc.Server))
 	register(server)
 	listener, err := net.Listen("tcp", cfg.Listen.Peer)
 	if err != nil {
-		return fmt.Errorf("listen.peer: %w: another process has the address, or it is not this machine's", err)
+		return fmt.Errorf("listen.peer: %w: if another process has the address, stop it, or give listen.peer another; it must be this machine's", err)
 	}
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
@@ -137,8 +140,22 @@ func enter(ctx context.Context, cfg *config.Config, member *membership, first *f
 
 // join gives a sidecar that lost its disk an image of the database, and a log
 // that starts where the image stands.
-func join(ctx context.Context, cfg *config.Config, id *identity, member *membership, slots *slotlog.Log, db *database, peers *regionClients, say func(string), log *slog.Logger) (*slotlog.Log, map[paxosgroup.GroupID]paxosgroup.Restored, error) {
-	base, _, err := seed(ctx, cfg, db, peers, id.ClusterID, log, say)
+func join(ctx context.Context, cfg *config.Config, id *identity, member *membership, slots *slotlog.Log, begun bool, db *database, peers *regionClients, say func(string), log *slog.Logger) (*slotlog.Log, map[paxosgroup.GroupID]paxosgroup.Restored, error) {
+	if begun {
+		// An earlier try ended between the log's beginning and its being noted.
+		// Nothing was ever promised in it.
+		if err := slots.Close(); err != nil {
+			return slots, nil, fmt.Errorf("log: %w", err)
+		}
+		if err := os.RemoveAll(cfg.Log.Dir); err != nil {
+			return slots, nil, fmt.Errorf("log: %w", err)
+		}
+		var err error
+		if slots, _, err = slotlog.Open(slotlog.Config{Dir: cfg.Log.Dir, SegmentBytes: int64(cfg.Log.SegmentBytes), Logger: log}); err != nil {
+			return slots, nil, fmt.Errorf("log: %w", err)
+		}
+	}
+	base, _, err := seed(ctx, cfg, db, peers, id.ClusterID, 0, log, say)
 	if err != nil {
 		return slots, nil, err
 	}
@@ -154,7 +171,7 @@ func join(ctx context.Context, cfg *config.Config, id *identity, member *members
 	}
 	err = member.update(func(now *identity) (*identity, error) {
 		joined := *now
-		joined.Life = sidecarpb.Life_LIFE_MEMBER
+		joined.Life, joined.Began = sidecarpb.Life_LIFE_MEMBER, true
 		*id = joined
 		return &joined, nil
 	})
@@ -177,6 +194,14 @@ func takePart(ctx context.Context, cfg *config.Config, id identity, member *memb
 	first, err := paxosgroup.DecodeMembership(id.Membership)
 	if err != nil {
 		return fmt.Errorf("%s: %w", identityFile, err)
+	}
+	if _, has := restored[mainGroup]; !has {
+		if err := startLog(slots, paxosgroup.Base{Membership: first}); err != nil {
+			return err
+		}
+	}
+	if err := member.mark(func(id *identity) { id.Began = true }); err != nil {
+		return err
 	}
 	tracer, err := tracing.New(ctx, tracing.Config{
 		URL: cfg.Tracing.OTLP, ClusterID: fmt.Sprintf("%016x", id.ClusterID), Region: cfg.Region, SampleRatio: cfg.Tracing.SampleRatio, Logger: log,
@@ -296,13 +321,18 @@ func (s *shard) live(ctx context.Context, db *database, member *membership) erro
 	for ctx.Err() == nil {
 		inc, err := s.begin(ctx, db, member)
 		if err == nil {
-			err = s.incarnate(ctx, db, inc)
+			err = s.incarnate(ctx, db, member, inc)
 		}
+		// What follows begins with nothing proposed in the term under way.
+		s.group.SetElectable(false)
+		s.group.Resign()
 		if ctx.Err() != nil {
 			return nil
 		}
 		if errors.Is(err, errReplace) {
-			err = s.replace(ctx, db)
+			if err = s.replace(ctx, db); err == nil {
+				err = member.markReplace("")
+			}
 		}
 		if err != nil && ctx.Err() == nil {
 			s.fail(err)
@@ -317,15 +347,20 @@ func (s *shard) live(ctx context.Context, db *database, member *membership) erro
 
 // fail says what is wrong where operators look.
 func (s *shard) fail(err error) {
-	s.log.Error("the database is not served", "err", err)
-	s.set(func() { s.state, s.health = admin.StateStopped, err.Error() })
+	news := false // it is found anew at every try
+	s.set(func() {
+		news = s.health != err.Error()
+		s.state, s.health = admin.StateStopped, err.Error()
+	})
+	if news {
+		s.log.Error("the database is not served", "err", err)
+	}
 }
 
 // replace seeds this region anew.
 func (s *shard) replace(ctx context.Context, db *database) error {
-	s.group.SetElectable(false)
 	s.set(func() { s.state, s.health = admin.StateSeeding, "" })
-	_, _, err := seed(ctx, s.cfg, db, s.others.peers, s.clusterID, s.log, func(note string) { s.log.Info(note) })
+	_, _, err := seed(ctx, s.cfg, db, s.others.peers, s.clusterID, s.group.Status().Base, s.log, func(note string) { s.log.Info(note) })
 	return err
 }
 
@@ -334,13 +369,23 @@ func (s *shard) replace(ctx context.Context, db *database) error {
 func (s *shard) begin(ctx context.Context, db *database, member *membership) (inc paxosgroup.Incarnation, err error) {
 	setup, cancel := context.WithTimeout(ctx, 2*time.Minute)
 	defer cancel()
+	if id, _ := member.current(); id.Replace != "" {
+		if err := db.refuseConnections(setup); err != nil {
+			return 0, err
+		}
+		return 0, fmt.Errorf("%w: %s", errReplace, id.Replace)
+	}
 	shut, err := db.openForSession(setup)
 	if err != nil {
 		return 0, err
 	}
 	if shut {
 		// The session that follows must find it as it was.
-		defer func() { err = errors.Join(err, db.refuseConnections(setup)) }()
+		defer func() {
+			again, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+			defer cancel()
+			err = errors.Join(err, db.refuseConnections(again))
+		}()
 	}
 	conn, err := db.connect(setup, "set-up")
 	if err != nil {
@@ -391,13 +436,15 @@ func (s *shard) begin(ctx context.Context, db *database, member *membership) (in
 // incarnate lives with one incarnation of the database: the learner for as long
 // as that lasts, sessions as PostgreSQL comes and goes. It returns errReplace
 // when the database must be replaced.
-func (s *shard) incarnate(ctx context.Context, db *database, inc paxosgroup.Incarnation) error {
+func (s *shard) incarnate(ctx context.Context, db *database, member *membership, inc paxosgroup.Incarnation) error {
 	s.set(func() {
 		s.incarnation = inc
 		s.learned, s.applied, s.effectiveLSN = s.group.Status().Base, 0, 0
 		s.term, s.lastForeign, s.opened, s.own = termInfo{}, paxosgroup.Ballot{}, opening{}, ownCommits{}
 		s.divergent, s.tracker, s.sequences, s.held = "", nil, false, false
-		s.arrivals, s.covered, s.pending = 0, 0, nil
+		s.arrivals, s.covered, s.sampling, s.pending, s.ddl = 0, 0, 0, nil, 0
+		s.proposedIn, s.capturing, s.unproposed = paxosgroup.Ballot{}, capturing{}, false
+		s.shut = false
 	})
 	s.group.SetIncarnation(inc)
 	g, ctx := errgroup.WithContext(ctx)
@@ -405,8 +452,8 @@ func (s *shard) incarnate(ctx context.Context, db *database, inc paxosgroup.Inca
 	g.Go(func() error { return s.learn(ctx, from) })
 	g.Go(func() error {
 		for {
-			err := s.runSession(ctx, db)
-			if ctx.Err() != nil || errors.Is(err, errReplace) {
+			err := s.runSession(ctx, db, member)
+			if ctx.Err() != nil || errors.Is(err, errReplace) || errors.Is(err, errBeginAgain) {
 				return err
 			}
 			if err == nil {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"sync"
 	"time"
@@ -24,6 +25,7 @@ type backend struct {
 	cfg     *config.Config
 	peers   *regionClients
 	version admin.VersionInfo
+	log     *slog.Logger
 
 	mu    sync.Mutex
 	shard *shard
@@ -32,10 +34,15 @@ type backend struct {
 	last  map[string]admin.RegionStatus
 }
 
+// say tells what the sidecar waits for, in the log where it is news.
 func (b *backend) say(note string) {
 	b.mu.Lock()
+	news := note != b.note && note != ""
 	b.note = note
 	b.mu.Unlock()
+	if news {
+		b.log.Info("not taking part yet", "waiting", note)
+	}
 }
 
 func (b *backend) run(s *shard, id identity) {
@@ -263,14 +270,17 @@ func (s *shard) transfer(ctx context.Context, to string) (time.Duration, error) 
 	}}
 	select {
 	case se.requests <- req:
+	case <-se.done:
+		return 0, errors.New("the connection to this region's PostgreSQL ended")
 	case <-ctx.Done():
 		return 0, ctx.Err()
 	}
+	// The request runs to its end whoever waits for it.
 	select {
 	case err := <-req.done:
 		return pause, err
-	case <-ctx.Done():
-		return 0, ctx.Err()
+	case <-se.done:
+		return 0, errors.New("the connection to this region's PostgreSQL ended")
 	}
 }
 

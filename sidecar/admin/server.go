@@ -73,7 +73,7 @@ func (s *Server) Listen() error {
 	}
 	l, err := net.Listen("tcp", s.cfg.Address)
 	if err != nil {
-		return fmt.Errorf("listen for administration (listen.admin): %w", err)
+		return fmt.Errorf("listen.admin: %w: if another process has the address, stop it, or give listen.admin another; it must be this machine's", err)
 	}
 	s.listener = l
 	return nil
