@@ -12,6 +12,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/jackc/pglogrepl"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 
@@ -38,13 +39,17 @@ type database struct {
 // replicated database.
 const maintenanceDatabase = "postgres"
 
+const databaseNameMax = 63 - len("_quorate_seed")
+
 func newDatabase(cfg *config.Config, log *slog.Logger) (*database, error) {
 	base, err := pgx.ParseConfig(cfg.Postgres.DSN)
 	if err != nil {
 		return nil, fmt.Errorf("postgres.dsn: %w", err)
 	}
-	if base.Database == maintenanceDatabase || strings.HasPrefix(base.Database, "template") {
-		return nil, fmt.Errorf("postgres.dsn: database %q is PostgreSQL's own; replicate one of another name", base.Database)
+	// Beside it stand, while a region is seeded, databases whose names are longer,
+	// and PostgreSQL cuts names at 63 bytes.
+	if len(base.Database) > databaseNameMax {
+		return nil, fmt.Errorf("postgres.dsn: the name of database %q has more than %d bytes: rename it", base.Database, databaseNameMax)
 	}
 	return &database{dsn: cfg.Postgres.DSN, base: base, app: cfg.Postgres.ApplicationName, log: log}, nil
 }
@@ -149,7 +154,7 @@ func (db *database) openForSession(ctx context.Context) (shut bool, err error) {
 	})
 	switch {
 	case errors.Is(err, pgx.ErrNoRows):
-		return false, fmt.Errorf("database %s does not exist: create it, empty", db.base.Database)
+		return false, fmt.Errorf("%w: database %s does not exist: create it, empty", errBeginAgain, db.base.Database)
 	case err != nil || !shut:
 		return shut, err
 	}
@@ -216,20 +221,21 @@ func (db *database) readState(ctx context.Context, conn *pgx.Conn) (stand, error
 	return st, err
 }
 
-// requireSlot reports why the incarnation's replication slot is of no use: what
-// committed without it was never captured.
-func (db *database) requireSlot(ctx context.Context, conn *pgx.Conn, st stand) error {
+// requireSlot returns the position of the incarnation's replication slot, or why
+// it is of no use, as an errReplace: what committed without it was never captured.
+func (db *database) requireSlot(ctx context.Context, conn *pgx.Conn, st stand) (confirmed entry.LSN, err error) {
 	var status *string
-	err := conn.QueryRow(ctx, "SELECT wal_status FROM pg_replication_slots WHERE slot_name = $1 AND database = current_database()", instanceName(st.incarnation)).Scan(&status)
+	var position *string
+	err = conn.QueryRow(ctx, "SELECT wal_status, confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name = $1 AND database = current_database()", instanceName(st.incarnation)).Scan(&status, &position)
 	switch {
 	case errors.Is(err, pgx.ErrNoRows):
-		return fmt.Errorf("replication slot %s is gone", instanceName(st.incarnation))
+		return 0, fmt.Errorf("%w: replication slot %s is gone", errReplace, instanceName(st.incarnation))
 	case err != nil:
-		return err
-	case status != nil && *status == "lost":
-		return fmt.Errorf("replication slot %s was invalidated (max_slot_wal_keep_size)", instanceName(st.incarnation))
+		return 0, err
+	case status != nil && *status == "lost" || position == nil:
+		return 0, fmt.Errorf("%w: replication slot %s was invalidated (max_slot_wal_keep_size)", errReplace, instanceName(st.incarnation))
 	}
-	return nil
+	return pglogrepl.ParseLSN(*position)
 }
 
 func (db *database) flushLSN(ctx context.Context, conn *pgx.Conn) (entry.LSN, error) {
@@ -241,9 +247,13 @@ func (db *database) flushLSN(ctx context.Context, conn *pgx.Conn) (entry.LSN, er
 // empty reports whether the replicated database holds nothing of a user's.
 func (db *database) empty(ctx context.Context, conn *pgx.Conn) (bool, error) {
 	var n int
-	err := conn.QueryRow(ctx, `SELECT count(*) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-		WHERE c.relkind IN ('r','p','v','m','S','f') AND n.nspname NOT LIKE 'pg\_%'
-		AND n.nspname NOT IN ('information_schema', 'quorate', 'quorate_fence')`).Scan(&n)
+	err := conn.QueryRow(ctx, `WITH users AS (SELECT oid, nspname FROM pg_namespace
+			WHERE nspname NOT LIKE 'pg\_%' AND nspname NOT IN ('information_schema', 'quorate', 'quorate_fence'))
+		SELECT (SELECT count(*) FROM pg_class WHERE relnamespace IN (SELECT oid FROM users))
+			+ (SELECT count(*) FROM pg_proc WHERE pronamespace IN (SELECT oid FROM users))
+			+ (SELECT count(*) FROM pg_type WHERE typnamespace IN (SELECT oid FROM users))
+			+ (SELECT count(*) FROM pg_extension WHERE extname <> 'plpgsql')
+			+ (SELECT count(*) FROM users WHERE nspname <> 'public')`).Scan(&n)
 	return n == 0, err
 }
 

@@ -130,6 +130,9 @@ func (d *decoder) postgres(p Postgres) {
 	if parsed.Database == "" {
 		d.report("postgres.dsn", "names no database; the replicated one must be named")
 	}
+	if parsed.Database == "postgres" || strings.HasPrefix(parsed.Database, "template") {
+		d.report("postgres.dsn", "database %q is PostgreSQL's own; replicate one of another name", parsed.Database)
+	}
 	for _, f := range parsed.Fallbacks { // also one a TLS mode, of the same host
 		if f.Host != parsed.Host || f.Port != parsed.Port {
 			d.report("postgres.dsn", "names several servers; a sidecar belongs to one")
