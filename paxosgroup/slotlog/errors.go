@@ -48,7 +48,8 @@ func (e *CorruptError) Error() string {
 		where += fmt.Sprintf(", slot %d", e.Slot)
 	}
 	return fmt.Sprintf("slot log is damaged: %s: %s "+
-		"(put the undamaged file back, or remove this replica's membership and let the region join under a new replica id; never delete the file)", where, e.What)
+		"(put the undamaged file back; or move data_dir and log.dir away, both, and start again, "+
+		"and the region joins as a new replica, seeded from another one; never delete a file of the log alone)", where, e.What)
 }
 
 // VersionError says that a later version of quorate wrote the directory.
