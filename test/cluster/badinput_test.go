@@ -1,0 +1,844 @@
+package cluster
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"go.yaml.in/yaml/v3"
+	"golang.org/x/sys/unix"
+
+	"quorate/deploy/sandbox/postgres"
+	"quorate/deploy/sandbox/postgres/postgrestest"
+)
+
+// site is one region's sidecar, a process of its own with a configuration of
+// its own: what the sandbox writes is never wrong.
+type site struct {
+	t      testing.TB
+	name   string
+	dir    string
+	peer   string
+	admin  string
+	server *postgres.Server // nil: nobody listens at the DSN
+	config map[string]any
+
+	starts int
+	cmd    *exec.Cmd
+	ended  chan struct{}
+}
+
+// newSite makes a site; nothing runs yet. Its cluster is one region until
+// together says otherwise.
+func newSite(t testing.TB, cluster, name string, server *postgres.Server) *site {
+	t.Helper()
+	s := &site{t: t, name: name, dir: t.TempDir(), peer: freeAddress(t), admin: freeAddress(t), server: server}
+	dsn := "postgres://nobody@" + freeAddress(t) + "/app"
+	if server != nil {
+		dsn = server.DSN("app")
+	}
+	s.config = map[string]any{
+		"cluster": cluster, "region": name, "data_dir": s.dataDir(),
+		"postgres": map[string]any{"dsn": dsn},
+		"listen":   map[string]any{"peer": s.peer, "admin": s.admin},
+		"log":      map[string]any{"dir": s.logDir(), "segment_bytes": 1 << 20},
+	}
+	together(s)
+	t.Cleanup(func() {
+		s.kill()
+		if t.Failed() {
+			t.Logf("the last start of %s said:\n%s", name, s.said())
+		}
+	})
+	return s
+}
+
+// together gives sites the list of regions that they are.
+func together(sites ...*site) {
+	for _, s := range sites {
+		var regions []map[string]string
+		for _, other := range sites {
+			regions = append(regions, map[string]string{"name": other.name, "peer": other.peer})
+		}
+		s.config["regions"] = regions
+	}
+}
+
+// freeAddress returns an address that nobody listens on, below the ports that
+// the kernel gives to outgoing connections: some time passes before it is used.
+func freeAddress(t testing.TB) string {
+	t.Helper()
+	for range 100 {
+		address := fmt.Sprintf("127.0.0.1:%d", 15000+rand.IntN(15000))
+		if l, err := net.Listen("tcp", address); err == nil {
+			l.Close()
+			return address
+		}
+	}
+	t.Fatal("no free port found")
+	return ""
+}
+
+func (s *site) dataDir() string { return filepath.Join(s.dir, "data") }
+func (s *site) logDir() string  { return filepath.Join(s.dir, "log") }
+func (s *site) file() string    { return filepath.Join(s.dir, "region.yaml") }
+func (s *site) stderr() string  { return filepath.Join(s.dir, fmt.Sprintf("stderr.%d", s.starts)) }
+
+func (s *site) write() {
+	s.t.Helper()
+	text, err := yaml.Marshal(s.config)
+	if err == nil {
+		err = os.WriteFile(s.file(), text, 0o600)
+	}
+	if err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+// start runs the sidecar; it says nothing of whether it goes well.
+func (s *site) start() {
+	s.t.Helper()
+	s.write()
+	s.starts++
+	out, err := os.Create(s.stderr())
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	defer out.Close()
+	cmd, ended := exec.Command(filepath.Join(Binaries(s.t), "quorate"), "run", "--config", s.file()), make(chan struct{})
+	cmd.Stderr = out
+	if err := cmd.Start(); err != nil {
+		s.t.Fatal(err)
+	}
+	s.cmd, s.ended = cmd, ended
+	go func() {
+		_ = cmd.Wait() // how it ended stands in ProcessState
+		close(ended)
+	}()
+}
+
+// kill ends the sidecar as a crash would.
+func (s *site) kill() {
+	if s.cmd != nil {
+		_ = s.cmd.Process.Kill() // it may have ended by itself
+		<-s.ended
+	}
+}
+
+func (s *site) runs() bool {
+	select {
+	case <-s.ended:
+		return false
+	default:
+		return true
+	}
+}
+
+// said returns what the last start wrote to stderr.
+func (s *site) said() string {
+	text, _ := os.ReadFile(s.stderr())
+	return string(text)
+}
+
+// awaitEnd fails the test unless the sidecar ends by itself, with exit code 1
+// and a last line that holds all of words.
+func (s *site) awaitEnd(words ...string) {
+	s.t.Helper()
+	select {
+	case <-s.ended:
+	case <-time.After(30 * time.Second):
+		s.t.Fatalf("%s does not end; wanted %q", s.name, words)
+	}
+	lines := strings.Split(strings.TrimSpace(s.said()), "\n")
+	last := lines[len(lines)-1]
+	if code := s.cmd.ProcessState.ExitCode(); code != 1 {
+		s.t.Errorf("%s ended with code %d, want 1", s.name, code)
+	}
+	mustHold(s.t, "the last word of "+s.name, last, words...)
+}
+
+func mustHold(t testing.TB, what, text string, words ...string) {
+	t.Helper()
+	for _, word := range words {
+		if !strings.Contains(text, word) {
+			t.Errorf("%s does not say %q:\n%s", what, word, text)
+		}
+	}
+}
+
+// standing is what a test looks at of GET /status.
+type standing struct {
+	State     string `json:"state"`
+	Writable  bool   `json:"writable"`
+	Healthy   bool   `json:"healthy"`
+	Health    string `json:"health"`
+	ReplicaID uint32 `json:"replica_id"`
+	Chosen    uint64 `json:"chosen"`
+	Applied   uint64 `json:"applied"`
+}
+
+func (s *site) status(ctx context.Context) (st standing, err error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+s.admin+"/status", nil)
+	if err != nil {
+		return st, err
+	}
+	req.Close = true
+	res, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return st, err
+	}
+	defer res.Body.Close()
+	return st, json.NewDecoder(res.Body).Decode(&st)
+}
+
+// await waits until the sidecar's status is as wanted; the process must run on.
+func (s *site) await(what string, as func(standing) bool) standing {
+	s.t.Helper()
+	var st standing
+	Eventually(s.t, time.Minute, s.name+": "+what, func(ctx context.Context) error {
+		if !s.runs() {
+			s.t.Fatalf("%s: %s: the sidecar ended", s.name, what)
+		}
+		var err error
+		if st, err = s.status(ctx); err != nil {
+			return err
+		}
+		if !as(st) {
+			return fmt.Errorf("it is %+v", st)
+		}
+		return nil
+	})
+	return st
+}
+
+func (s *site) awaitWritable() {
+	s.t.Helper()
+	s.await("takes writes", func(st standing) bool { return st.Writable && st.Healthy })
+}
+
+// awaitComplaint waits until the status names a fault and its mend, while no
+// writes are taken; then both stand in the log too.
+func (s *site) awaitComplaint(words ...string) {
+	s.t.Helper()
+	all := func(text string) bool {
+		for _, word := range words {
+			if !strings.Contains(text, word) {
+				return false
+			}
+		}
+		return true
+	}
+	s.await(fmt.Sprintf("its health says %q", words), func(st standing) bool { return !st.Writable && all(st.Health) })
+	Eventually(s.t, 10*time.Second, fmt.Sprintf("the log of %s says %q", s.name, words), func(context.Context) error {
+		for line := range strings.Lines(s.said()) {
+			if all(line) {
+				return nil
+			}
+		}
+		return errors.New("no line does")
+	})
+}
+
+// run runs statements on the site's database, each in its own transaction.
+func (s *site) run(statements ...string) {
+	s.t.Helper()
+	runOn(s.t, s.server.DSN("app"), statements...)
+}
+
+func runOn(t testing.TB, dsn string, statements ...string) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	conn, err := pgx.Connect(ctx, dsn)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(context.WithoutCancel(ctx))
+	for _, statement := range statements {
+		if _, err := conn.Exec(ctx, statement); err != nil {
+			t.Fatalf("%s: %v", statement, err)
+		}
+	}
+}
+
+// rows fails the test unless table t holds exactly these ids.
+func (s *site) rows(want ...int) {
+	s.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	conn, err := pgx.Connect(ctx, s.server.DSN("app"))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	defer conn.Close(context.WithoutCancel(ctx))
+	rows, err := conn.Query(ctx, "SELECT id FROM t ORDER BY id")
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	have, err := pgx.CollectRows(rows, pgx.RowTo[int])
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	if fmt.Sprint(have) != fmt.Sprint(want) {
+		s.t.Errorf("%s holds the rows %v, want %v", s.name, have, want)
+	}
+}
+
+// newServer starts a PostgreSQL server with an empty database app.
+func newServer(t testing.TB, settings map[string]string) *postgres.Server {
+	t.Helper()
+	all := map[string]string{"shared_buffers": "16MB"}
+	for name, value := range settings {
+		all[name] = value
+	}
+	server := postgrestest.Start(t, all)
+	runOn(t, server.DSN("postgres"), "CREATE DATABASE app")
+	return server
+}
+
+// Faults of the settings end the program before it touches anything, with all
+// of them told at once.
+func TestBadSettings(t *testing.T) {
+	run := func(t *testing.T, file string) (code int, said string) {
+		t.Helper()
+		var stderr strings.Builder
+		cmd := exec.Command(filepath.Join(Binaries(t), "quorate"), "run", "--config", file)
+		cmd.Stderr = &stderr
+		err := cmd.Run()
+		if exit, ok := errors.AsType[*exec.ExitError](err); err != nil && !ok {
+			t.Fatal(err)
+		} else if ok {
+			return exit.ExitCode(), stderr.String()
+		}
+		return 0, stderr.String()
+	}
+	for name, tc := range map[string]struct {
+		spoil func(s *site)
+		want  []string
+	}{
+		"missing": {
+			func(s *site) { delete(s.config, "cluster"); delete(s.config, "postgres") },
+			[]string{"cluster", "postgres.dsn"},
+		},
+		"misspelt": {
+			func(s *site) { s.config["prefered_leader"] = "r1" },
+			[]string{"prefered_leader", "did you mean preferred_leader?"},
+		},
+		"unlisted region": {
+			func(s *site) { s.config["region"] = "r9" },
+			[]string{"r9", "regions"},
+		},
+		"lease shorter than its heartbeats": {
+			func(s *site) { s.config["consensus"] = map[string]any{"lease_duration": "150ms"} },
+			[]string{"consensus.lease_duration"},
+		},
+		"PostgreSQL's own database": {
+			func(s *site) {
+				s.config["postgres"] = map[string]any{"dsn": "postgres://postgres@127.0.0.1:5432/postgres"}
+			},
+			[]string{"postgres.dsn"},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newSite(t, "demo", "r1", nil)
+			tc.spoil(s)
+			s.write()
+			code, said := run(t, s.file())
+			if code != 2 {
+				t.Errorf("exit code %d, want 2", code)
+			}
+			mustHold(t, "stderr", said, tc.want...)
+			for _, dir := range []string{s.dataDir(), s.logDir()} {
+				if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
+					t.Errorf("%s was made, though the settings are refused (%v)", dir, err)
+				}
+			}
+		})
+	}
+	t.Run("no such file", func(t *testing.T) {
+		file := filepath.Join(t.TempDir(), "region.yaml")
+		code, said := run(t, file)
+		if code != 2 {
+			t.Errorf("exit code %d, want 2", code)
+		}
+		mustHold(t, "stderr", said, file)
+	})
+}
+
+// One sidecar meets every kind of server that cannot carry the promises, says
+// each time what to mend, and takes part as soon as that is done, with the rows
+// that were there before.
+func TestBadServer(t *testing.T) {
+	server := newServer(t, map[string]string{"wal_level": "replica"})
+	admin, app := server.DSN("postgres"), server.DSN("app")
+	runOn(t, app, "CREATE TABLE t (id int PRIMARY KEY)", "INSERT INTO t VALUES (1), (2)", "CREATE ROLE sidecar LOGIN REPLICATION",
+		// No server of an unsupported version is at hand: this one says it is.
+		"CREATE SCHEMA old",
+		`CREATE FUNCTION old.current_setting(text) RETURNS text LANGUAGE sql AS
+			$$SELECT CASE WHEN $1 = 'server_version_num' THEN '140012' ELSE pg_catalog.current_setting($1) END$$`,
+		"GRANT USAGE ON SCHEMA old TO public",
+		"ALTER DATABASE app SET search_path = old, pg_catalog, public")
+	s := newSite(t, "demo", "r1", server)
+	s.config["postgres"] = map[string]any{"dsn": strings.Replace(app, "postgres@", "sidecar@", 1)}
+	s.start()
+	check := func(words ...string) {
+		t.Helper()
+		out, err := exec.Command(filepath.Join(Binaries(t), "quorate"), "check", "--config", s.file()).CombinedOutput()
+		if exit, ok := errors.AsType[*exec.ExitError](err); !ok || exit.ExitCode() != 3 {
+			t.Errorf("check ended with %v, want exit code 3", err)
+		}
+		mustHold(t, "check", string(out), words...)
+	}
+	refused := func(words ...string) {
+		t.Helper()
+		s.awaitComplaint(words...)
+		check(words...)
+		if strings.Contains(s.said(), "cluster made") {
+			t.Fatal("a cluster was made on a server that cannot carry it")
+		}
+	}
+
+	refused("PostgreSQL 14 is too old", "upgrade to PostgreSQL 15 to 18")
+	runOn(t, admin, "ALTER DATABASE app RESET search_path")
+	runOn(t, app, "DROP SCHEMA old CASCADE")
+
+	refused("not a superuser", "ALTER ROLE")
+	runOn(t, admin, "ALTER ROLE sidecar SUPERUSER", "CREATE DATABASE shop")
+	runOn(t, server.DSN("shop"), "CREATE TABLE orders (id int)")
+
+	// All that is wrong is told at once.
+	refused("wal_level is replica", "ALTER SYSTEM SET wal_level = logical, then restart the server", "database shop", "move it to another server")
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	if err := server.Stop(ctx, syscall.SIGINT); err != nil {
+		t.Fatal(err)
+	}
+	s.awaitComplaint("connect to PostgreSQL")
+	server.Settings["wal_level"] = "logical"
+	if _, err := server.Start(ctx); err != nil {
+		t.Fatal(err)
+	}
+
+	refused("database shop on this server holds tables", "move it to another server")
+	runOn(t, admin, "DROP DATABASE shop")
+
+	s.awaitWritable()
+	s.run("INSERT INTO t VALUES (3)")
+	s.rows(1, 2, 3)
+
+	// A second database comes into use later: its commits would be released
+	// without a quorum, so nothing is acknowledged any more until it is gone.
+	runOn(t, admin, "CREATE DATABASE shop")
+	runOn(t, server.DSN("shop"), "CREATE TABLE orders (id int)")
+	s.awaitComplaint("database shop on this server holds tables", "move it to another server")
+	conn, err := pgx.Connect(ctx, app)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(context.Background())
+	if _, err := conn.Exec(ctx, "INSERT INTO t VALUES (99)"); !Refused(err) {
+		t.Errorf("a write beside a second database gave %v, want the fence's refusal", err)
+	}
+	runOn(t, admin, "DROP DATABASE shop")
+	s.awaitWritable()
+	s.run("INSERT INTO t VALUES (4)")
+
+	// The role loses its privileges: told at the next start at the latest.
+	runOn(t, app, "ALTER ROLE sidecar NOSUPERUSER")
+	s.kill()
+	s.start()
+	s.awaitComplaint("not a superuser", "ALTER ROLE")
+	runOn(t, admin+"?options=-csynchronous_commit%3Dlocal", "ALTER ROLE sidecar SUPERUSER")
+	s.awaitWritable()
+	s.run("INSERT INTO t VALUES (5)")
+	s.rows(1, 2, 3, 4, 5)
+}
+
+func TestPortInUse(t *testing.T) {
+	for _, setting := range []string{"peer", "admin"} {
+		t.Run(setting, func(t *testing.T) {
+			s := newSite(t, "demo", "r1", nil)
+			address := s.config["listen"].(map[string]any)[setting].(string)
+			other, err := net.Listen("tcp", address)
+			if err != nil {
+				t.Fatal(err)
+			}
+			s.start()
+			s.awaitEnd("listen."+setting, address, "address already in use", "stop it, or give listen."+setting+" another")
+			if err := other.Close(); err != nil {
+				t.Fatal(err)
+			}
+			s.start()
+			// It has its ports; the next thing that it lacks is its server.
+			s.awaitComplaint("connect to PostgreSQL")
+		})
+	}
+}
+
+// A sidecar of another cluster stands where a peer is expected: at the making
+// of the cluster, and later.
+func TestAnotherClustersSidecarAtAPeersAddress(t *testing.T) {
+	r1, r2 := newSite(t, "demo", "r1", newServer(t, nil)), newSite(t, "demo", "r2", newServer(t, nil))
+	together(r1, r2)
+	r1.config["preferred_leader"], r2.config["preferred_leader"] = "r1", "r1"
+	stranger := newSite(t, "other", "r2", nil)
+	stranger.start()
+	stranger.await("answers", func(standing) bool { return true })
+
+	right := r1.config["regions"]
+	r1.config["regions"] = []map[string]string{{"name": "r1", "peer": r1.peer}, {"name": "r2", "peer": stranger.peer}}
+	r2.start()
+	r1.start()
+	r1.awaitEnd("region r2 at "+stranger.peer, `belongs to cluster "other"`, `"demo"`, "correct the addresses")
+	if strings.Contains(r1.said()+r2.said(), "cluster made") {
+		t.Error("a cluster was made without one of its regions")
+	}
+	r1.config["regions"] = right
+	r1.start()
+	r1.awaitWritable()
+	r1.run("CREATE TABLE t (id int PRIMARY KEY)", "INSERT INTO t VALUES (1)")
+
+	// r2's host is given to the other cluster: its sidecar must not count as r2's.
+	r2.kill()
+	stranger.kill()
+	stranger.config["listen"] = map[string]any{"peer": r2.peer, "admin": stranger.admin}
+	stranger.peer = r2.peer
+	together(stranger)
+	stranger.start()
+	stranger.await("answers", func(standing) bool { return true })
+	released := make(chan error, 1)
+	go func() {
+		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+		defer cancel()
+		conn, err := pgx.Connect(ctx, r1.server.DSN("app"))
+		if err == nil {
+			_, err = conn.Exec(ctx, "INSERT INTO t VALUES (2)")
+			conn.Close(ctx)
+		}
+		released <- err
+	}()
+	r1.await("no quorum", func(st standing) bool {
+		return !st.Writable && !st.Healthy && strings.Contains(st.Health, "no quorum of regions answers")
+	})
+	select {
+	case err := <-released:
+		if err == nil {
+			t.Error("a COMMIT was acknowledged on the word of another cluster's sidecar")
+		}
+		released <- err
+	default:
+	}
+	stranger.kill()
+	r2.start()
+	r1.awaitWritable()
+	if err := <-released; err == nil {
+		r1.rows(1, 2)
+	} else {
+		t.Logf("the waiting write: %v", err)
+	}
+	r1.run("INSERT INTO t VALUES (3)")
+	awaitSame(t, r1, r2)
+}
+
+// awaitSame waits until all sites have applied what is chosen and hold the same.
+func awaitSame(t testing.TB, sites ...*site) {
+	t.Helper()
+	Eventually(t, time.Minute, "equal content", func(ctx context.Context) error {
+		var highest uint64
+		for range 2 { // the second round sees the highest of all
+			for _, s := range sites {
+				st, err := s.status(ctx)
+				if err != nil {
+					return err
+				}
+				highest = max(highest, st.Chosen)
+				if st.Applied < highest || !st.Healthy {
+					return fmt.Errorf("%s is %+v; chosen is %d", s.name, st, highest)
+				}
+			}
+		}
+		var first map[string]string
+		for _, s := range sites {
+			conn, err := pgx.Connect(ctx, s.server.DSN("app"))
+			if err != nil {
+				return err
+			}
+			content, err := Content(ctx, conn)
+			conn.Close(ctx)
+			if err != nil {
+				return err
+			}
+			if first == nil {
+				first = content
+			} else if fmt.Sprint(first) != fmt.Sprint(content) {
+				return fmt.Errorf("%s holds %v, %s holds %v", sites[0].name, first, s.name, content)
+			}
+		}
+		return nil
+	})
+}
+
+// segment returns the newest file of the site's log, what it holds, and where
+// its last byte that is not zero stands.
+func (s *site) segment() (path string, content []byte, end int) {
+	s.t.Helper()
+	files, err := filepath.Glob(filepath.Join(s.logDir(), "*.log"))
+	if err != nil || len(files) == 0 {
+		s.t.Fatalf("log of %s: %v, %v", s.name, files, err)
+	}
+	path = files[len(files)-1]
+	if content, err = os.ReadFile(path); err != nil {
+		s.t.Fatal(err)
+	}
+	for end = len(content); end > 0 && content[end-1] == 0; end-- {
+	}
+	return path, content, end
+}
+
+func writeFile(t testing.TB, path string, content []byte) {
+	t.Helper()
+	if err := os.WriteFile(path, content, 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestDamagedLog(t *testing.T) {
+	s := newSite(t, "demo", "r1", newServer(t, nil))
+	s.start()
+	s.awaitWritable()
+	s.run("CREATE TABLE t (id int PRIMARY KEY)", "INSERT INTO t VALUES (1)", "INSERT INTO t VALUES (2)")
+
+	t.Run("torn tail", func(t *testing.T) {
+		s.kill()
+		path, content, end := s.segment()
+		// A write of several sectors of which only the second reached the disk:
+		// nobody was told that it is durable.
+		const sector = 512
+		at := (end/sector + 2) * sector
+		for i := range sector {
+			content[at+i] = byte(i) | 1
+		}
+		writeFile(t, path, content)
+		s.start()
+		s.awaitWritable()
+		mustHold(t, "the log", s.said(), "cut off a write that did not end before the last stop", path)
+		s.run("INSERT INTO t VALUES (3)")
+		s.rows(1, 2, 3)
+	})
+	t.Run("truncated", func(t *testing.T) {
+		s.kill()
+		path, content, end := s.segment()
+		writeFile(t, path, content[:end/2])
+		s.start()
+		s.awaitEnd("slot log is damaged", filepath.Base(path), s.logDir(), fmt.Sprintf("has %d bytes", end/2), "put the undamaged file back", "move data_dir and log.dir away")
+		writeFile(t, path, content)
+		s.start()
+		s.awaitWritable()
+		s.run("INSERT INTO t VALUES (4)")
+		s.rows(1, 2, 3, 4)
+	})
+	t.Run("flipped bit", func(t *testing.T) {
+		s.kill()
+		path, content, end := s.segment()
+		content[end/2] ^= 0x10
+		writeFile(t, path, content)
+		s.start()
+		s.awaitEnd("slot log is damaged", filepath.Base(path)+" at offset", s.logDir(), "put the undamaged file back", "move data_dir and log.dir away")
+		_, after, _ := s.segment()
+		if string(after) != string(content) {
+			t.Error("the damaged file was written to")
+		}
+		content[end/2] ^= 0x10
+		writeFile(t, path, content)
+		s.start()
+		s.awaitWritable()
+		s.run("INSERT INTO t VALUES (5)")
+		s.rows(1, 2, 3, 4, 5)
+	})
+	t.Run("read-only", func(t *testing.T) {
+		needMounts(t)
+		s.kill()
+		mount(t, s.logDir(), s.logDir(), "", unix.MS_BIND, "")
+		mount(t, s.logDir(), s.logDir(), "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY, "")
+		s.start()
+		s.awaitEnd("slot log in "+s.logDir()+" cannot be written", "mount it read-write", "read-only file system")
+		if err := unix.Unmount(s.logDir(), 0); err != nil {
+			t.Fatal(err)
+		}
+		s.start()
+		s.awaitWritable()
+		s.run("INSERT INTO t VALUES (6)")
+		s.rows(1, 2, 3, 4, 5, 6)
+	})
+}
+
+func needMounts(t testing.TB) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("mounting a disk that is full or read-only needs root")
+	}
+}
+
+func mount(t testing.TB, source, target, kind string, flags uintptr, data string) {
+	t.Helper()
+	if err := unix.Mount(source, target, kind, flags, data); err != nil {
+		t.Fatalf("mount %s: %v", target, err)
+	}
+}
+
+// Three regions: the leader's disk is full, later a follower's log is damaged
+// for good. The others go on, and each region comes back by the mend it named.
+func TestFullDiskAndLostLogOfOneRegion(t *testing.T) {
+	needMounts(t)
+	var sites []*site
+	for _, name := range []string{"r1", "r2", "r3"} {
+		s := newSite(t, "demo", name, newServer(t, nil))
+		s.config["preferred_leader"] = "r1"
+		sites = append(sites, s)
+	}
+	together(sites...)
+	r1, r2, r3 := sites[0], sites[1], sites[2]
+	if err := os.Mkdir(r1.logDir(), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	mount(t, "tmpfs", r1.logDir(), "tmpfs", 0, "size=3m")
+	t.Cleanup(func() {
+		r1.kill()
+		if err := unix.Unmount(r1.logDir(), 0); err != nil {
+			t.Error(err)
+		}
+	})
+	for _, s := range sites {
+		s.start()
+	}
+	r1.awaitWritable()
+	r1.run("CREATE TABLE t (id int PRIMARY KEY, filler text)")
+
+	// Write until no more is acknowledged.
+	acked := 0
+	func() {
+		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+		defer cancel()
+		go func() {
+			<-r1.ended
+			cancel() // nobody will ever confirm what waits now
+		}()
+		conn, err := pgx.Connect(ctx, r1.server.DSN("app"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close(context.Background())
+		for {
+			_, err := conn.Exec(ctx, "INSERT INTO t SELECT $1::int, string_agg(md5($1::int::text || n), '') FROM generate_series(1, 3000) n", acked+1)
+			if ctx.Err() != nil {
+				return
+			}
+			if err != nil {
+				t.Fatalf("row %d: %v", acked+1, err)
+			}
+			acked++
+		}
+	}()
+	r1.awaitEnd("no room on the disk of the slot log", "free some, then restart the sidecar", "no space left on device")
+	if acked < 10 {
+		t.Errorf("%d rows were acknowledged before the disk was full; that is no test", acked)
+	}
+	leader := r2
+	Eventually(t, time.Minute, "another leader", func(ctx context.Context) error {
+		for _, s := range []*site{r2, r3} {
+			if st, err := s.status(ctx); err == nil && st.Writable {
+				leader = s
+				return nil
+			}
+		}
+		return errors.New("none takes writes")
+	})
+	acked = holdsAll(t, leader, acked)
+	leader.run("INSERT INTO t VALUES (1000, 'while the disk of r1 is full')")
+
+	// Still full: it says so again, and breaks nothing.
+	r1.start()
+	select {
+	case <-r1.ended:
+		r1.awaitEnd("no room on the disk of the slot log", "free some, then restart the sidecar")
+	case <-time.After(time.Second):
+		r1.kill()
+	}
+	mount(t, "tmpfs", r1.logDir(), "tmpfs", unix.MS_REMOUNT, "size=64m")
+	r1.start()
+	awaitSame(t, sites...)
+	holdsAll(t, r1, acked)
+
+	// r3's log is damaged and nobody has the file any more.
+	Eventually(t, time.Minute, "a leader", func(ctx context.Context) error {
+		for _, s := range []*site{r1, r2, r3} {
+			if st, err := s.status(ctx); err == nil && st.Writable {
+				leader = s
+				return nil
+			}
+		}
+		return errors.New("none takes writes")
+	})
+	lost := r3
+	if leader == r3 {
+		lost = r2
+	}
+	before := lost.await("answers", func(standing) bool { return true })
+	lost.kill()
+	path, content, end := lost.segment()
+	content[end/2] ^= 1
+	writeFile(t, path, content)
+	lost.start()
+	lost.awaitEnd("slot log is damaged", filepath.Base(path), "move data_dir and log.dir away")
+	leader.run("INSERT INTO t VALUES (1001, 'while a log is damaged')")
+	for _, dir := range []string{lost.dataDir(), lost.logDir()} {
+		if err := os.Rename(dir, dir+".damaged"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	lost.start()
+	lost.awaitEnd("no identity in the running cluster", "drop and create the database")
+	runOn(t, lost.server.DSN("postgres")+"?options=-csynchronous_commit%3Dlocal", "DROP DATABASE app", "CREATE DATABASE app")
+	lost.start()
+	after := lost.await("follows as a new replica", func(st standing) bool { return st.State == "following" && st.Healthy })
+	if after.ReplicaID == before.ReplicaID {
+		t.Errorf("%s came back as replica %d, whose memory is lost", lost.name, after.ReplicaID)
+	}
+	leader.run("INSERT INTO t VALUES (1002, 'all again')")
+	awaitSame(t, sites...)
+	holdsAll(t, lost, acked)
+}
+
+// holdsAll fails the test unless ids 1 to n are there, and returns the highest
+// below 1000: the write in doubt may be there too.
+func holdsAll(t testing.TB, s *site, n int) int {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	conn, err := pgx.Connect(ctx, s.server.DSN("app"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(context.WithoutCancel(ctx))
+	var count, highest int
+	if err := conn.QueryRow(ctx, "SELECT count(*), max(id) FROM t WHERE id < 1000").Scan(&count, &highest); err != nil {
+		t.Fatal(err)
+	}
+	if count != highest || count < n || count > n+1 {
+		t.Errorf("%s holds %d rows up to id %d; %d were acknowledged", s.name, count, highest, n)
+	}
+	return count
+}
