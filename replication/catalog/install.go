@@ -209,6 +209,9 @@ func Uninstall(ctx context.Context, conn *pgx.Conn, o UninstallOptions) error {
 	if err := resetSystemSettings(ctx, conn); err != nil {
 		return err
 	}
+	if err := releaseCommits(ctx, conn); err != nil {
+		return err
+	}
 	rows, err := conn.Query(ctx, `SELECT slot_name FROM pg_replication_slots WHERE slot_name LIKE 'quorate%' AND database = current_database()`)
 	if err != nil {
 		return fmt.Errorf("list replication slots: %w", err)
@@ -327,6 +330,23 @@ func resetSystemSettings(ctx context.Context, conn *pgx.Conn) error {
 		}
 	}
 	return nil
+}
+
+// releaseCommits has commits wait for no sidecar any more, whoever made them do
+// so: a database that was seeded in the place of an earlier one found the setting
+// made and did not note it.
+func releaseCommits(ctx context.Context, conn *pgx.Conn) error {
+	var names string
+	if err := conn.QueryRow(ctx, "SELECT current_setting('synchronous_standby_names')").Scan(&names); err != nil {
+		return fmt.Errorf("read synchronous_standby_names: %w", err)
+	}
+	if !strings.HasPrefix(strings.Trim(names, `"`), ApplicationName) {
+		return nil
+	}
+	if _, err := conn.Exec(ctx, "ALTER SYSTEM RESET synchronous_standby_names"); err != nil {
+		return fmt.Errorf("alter system reset synchronous_standby_names: %w", err)
+	}
+	return reload(ctx, conn)
 }
 
 func quoteLiteral(s string) string {
