@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"reflect"
 	"slices"
 	"sync"
 	"time"
@@ -106,17 +107,26 @@ func (m *membership) takePart(clusterID uint64) error {
 	})
 }
 
-// markFounded records that the region's database has been set up once: an empty
-// one is from then on one that was lost.
-func (m *membership) markFounded() error {
+// mark changes the identity of a sidecar that has one.
+func (m *membership) mark(change func(id *identity)) error {
 	return m.update(func(now *identity) (*identity, error) {
-		if now.Founded {
+		next := *now
+		change(&next)
+		if reflect.DeepEqual(next, *now) {
 			return nil, nil
 		}
-		founded := *now
-		founded.Founded = true
-		return &founded, nil
+		return &next, nil
 	})
+}
+
+// markFounded records that the region's database has been set up once: an empty
+// one is from then on one that was lost.
+func (m *membership) markFounded() error { return m.mark(func(id *identity) { id.Founded = true }) }
+
+// markReplace records why the database must be replaced, or, with "", that it
+// has been.
+func (m *membership) markReplace(why string) error {
+	return m.mark(func(id *identity) { id.Replace = why })
 }
 
 func regionNames(cfg *config.Config) []string {

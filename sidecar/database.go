@@ -56,9 +56,6 @@ func newDatabase(cfg *config.Config, log *slog.Logger) (*database, error) {
 
 func (db *database) name(purpose string) string { return db.app + " " + purpose }
 
-// standbyNames is what synchronous_standby_names must be.
-func (db *database) standbyNames() string { return quoted(db.app) }
-
 // dsnOf returns the connection string with another database.
 func (db *database) dsnOf(name string) string {
 	if u, err := url.Parse(db.dsn); err == nil && u.Scheme != "" {
@@ -223,19 +220,33 @@ func (db *database) readState(ctx context.Context, conn *pgx.Conn) (stand, error
 
 // requireSlot returns the position of the incarnation's replication slot, or why
 // it is of no use, as an errReplace: what committed without it was never captured.
+// A stream of a former life that still holds the slot is ended first, as it could
+// move the position.
 func (db *database) requireSlot(ctx context.Context, conn *pgx.Conn, st stand) (confirmed entry.LSN, err error) {
-	var status *string
-	var position *string
-	err = conn.QueryRow(ctx, "SELECT wal_status, confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name = $1 AND database = current_database()", instanceName(st.incarnation)).Scan(&status, &position)
-	switch {
-	case errors.Is(err, pgx.ErrNoRows):
-		return 0, fmt.Errorf("%w: replication slot %s is gone", errReplace, instanceName(st.incarnation))
-	case err != nil:
-		return 0, err
-	case status != nil && *status == "lost" || position == nil:
-		return 0, fmt.Errorf("%w: replication slot %s was invalidated (max_slot_wal_keep_size)", errReplace, instanceName(st.incarnation))
+	name := instanceName(st.incarnation)
+	for {
+		var status, position *string
+		var pid *int32
+		err = conn.QueryRow(ctx, "SELECT wal_status, confirmed_flush_lsn::text, active_pid FROM pg_replication_slots WHERE slot_name = $1 AND database = current_database()", name).Scan(&status, &position, &pid)
+		switch {
+		case errors.Is(err, pgx.ErrNoRows):
+			return 0, fmt.Errorf("%w: replication slot %s is gone", errReplace, name)
+		case err != nil:
+			return 0, err
+		case status != nil && *status == "lost" || position == nil:
+			return 0, fmt.Errorf("%w: replication slot %s was invalidated (max_slot_wal_keep_size)", errReplace, name)
+		case pid == nil:
+			return pglogrepl.ParseLSN(*position)
+		}
+		if _, err := conn.Exec(ctx, "SELECT pg_terminate_backend($1)", *pid); err != nil {
+			return 0, err
+		}
+		select {
+		case <-ctx.Done():
+			return 0, fmt.Errorf("replication slot %s is still held by process %d: %w", name, *pid, ctx.Err())
+		case <-time.After(10 * time.Millisecond):
+		}
 	}
-	return pglogrepl.ParseLSN(*position)
 }
 
 func (db *database) flushLSN(ctx context.Context, conn *pgx.Conn) (entry.LSN, error) {

@@ -131,7 +131,8 @@ func (se *session) logRows(next *paxosgroup.Slot) ([]catalog.LogRow, error) {
 			*next = d.Slot + 1
 			e, err := readable(d, se.group, false)
 			if err != nil {
-				return nil, err
+				se.log.Error("an entry is not in quorate.log, since it cannot be read", "slot", d.Slot, "err", err)
+				continue
 			}
 			if !e.Effective || e.Kind != "transaction" && e.Kind != "commit" {
 				continue

@@ -4,7 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
+
+	"github.com/jackc/pgx/v5"
 
 	"quorate/paxosgroup"
 	"quorate/replication/catalog"
@@ -18,6 +21,7 @@ const (
 	promoteWithin = 10 * time.Second
 	drainWithin   = 5 * time.Second
 	closeWait     = 100 * time.Millisecond
+	handOverWait  = time.Second // transactions under way may end by themselves in a planned transfer
 )
 
 // govern moves the database between its roles. It alone runs SQL that does so.
@@ -25,29 +29,40 @@ func (se *session) govern(ctx context.Context) error {
 	if err := se.await(ctx, func() bool { return se.stream != nil }); err != nil {
 		return nil
 	}
-	if se.shut {
-		// A former life found, or feared, that the database holds what must not
-		// be read. All our connections are open: nobody else gets in until that
-		// is settled.
-		if err := se.db.refuseConnections(ctx); err != nil {
-			return endOf(ctx, err)
-		}
-		if _, err := catalog.TerminateClients(ctx, se.ctl); err != nil {
+	se.mu.Lock()
+	shut := se.shut
+	se.mu.Unlock()
+	if shut {
+		// A former session closed the database, since it may hold what must not be
+		// read. All our connections are open: nobody else gets in until that is
+		// settled.
+		if err := se.shutOut(ctx); err != nil {
 			return endOf(ctx, err)
 		}
 	}
 	if err := se.makeSynchronous(ctx); err != nil {
+		// Commits may not wait for us: no more writes.
+		if ctx.Err() == nil {
+			err = errors.Join(err, se.closeFence(ctx, se.ctl))
+		}
 		return endOf(ctx, err)
+	}
+	// What is known to be chosen is learned first: whatever is decided below is
+	// decided by all of it.
+	known, _ := se.group.Chosen()
+	if err := se.await(ctx, func() bool { return se.learned >= known }); err != nil {
+		return nil
 	}
 	electable := false
 	for {
-		status, statusChanged := se.group.Status(), se.group.StatusChanged()
+		statusChanged := se.group.StatusChanged()
+		status := se.group.Status()
 		se.mu.Lock()
 		turned := upon(&se.turned)
 		condemned := se.divergent
 		leads := status.Role == paxosgroup.Leader && se.term.ballot == status.Ballot && se.term.incarnation == se.incarnation
 		lineage := se.lineage()
-		proposing := se.proposing == status.Ballot && leads || !se.restart.IsZero()
+		proposing := se.proposing == status.Ballot && !se.unproposed || !se.restart.IsZero()
 		settled, unresolved, open := se.settled, se.unresolved(), se.open
 		se.mu.Unlock()
 
@@ -127,27 +142,55 @@ func (se *session) makeSynchronous(ctx context.Context) error {
 		return fmt.Errorf("prove that COMMIT waits: %w", err)
 	case err = <-blocked:
 	}
-	se.mu.Lock()
-	se.held = false
-	se.synchronous = err == nil
-	se.confirm()
-	se.turn()
-	se.mu.Unlock()
+	// Having waited is all that was to be proved; what it wrote is bookkeeping, and
+	// to be released it may need a leader.
 	if err == nil {
-		select {
-		case <-released:
-			return nil
-		case <-time.After(time.Second):
-			// It waits behind commits of the region's last life, which may take a
-			// leader to be released. Having waited is what was to be proved; what
-			// it wrote is bookkeeping.
-			_, err = se.ctl.Exec(ctx, "SELECT pg_terminate_backend($1::int)", pid)
-		}
+		_, err = se.ctl.Exec(ctx, "SELECT pg_terminate_backend($1::int)", pid)
 	}
 	cancel()
 	<-released
+	se.set(func() { se.held, se.synchronous = false, err == nil })
 	if err != nil {
 		return fmt.Errorf("prove that COMMIT waits: %w", err)
+	}
+	return nil
+}
+
+// shutOut keeps clients out of the database and ends those that are in it.
+func (se *session) shutOut(ctx context.Context) error {
+	se.set(func() { se.shut = true })
+	if err := se.db.refuseConnections(ctx); err != nil {
+		return err
+	}
+	if _, err := catalog.TerminateClients(ctx, se.ctl); err != nil {
+		return fmt.Errorf("end sessions: %w", err)
+	}
+	return nil
+}
+
+// letIn lets clients into the database again.
+func (se *session) letIn(ctx context.Context) error {
+	if err := se.db.allowConnections(ctx); err != nil {
+		return err
+	}
+	se.set(func() { se.shut = false })
+	return nil
+}
+
+// closeFence closes the fence by the newest ballot known.
+func (se *session) closeFence(ctx context.Context, conn *pgx.Conn) error {
+	fence, err := catalog.ReadFence(ctx, conn, mainShard)
+	if err != nil {
+		return err
+	}
+	b := paxosgroup.Ballot{Counter: uint64(fence.Counter), Replica: paxosgroup.ReplicaID(fence.Replica)}
+	se.mu.Lock()
+	if b.Less(se.term.ballot) {
+		b = se.term.ballot
+	}
+	se.mu.Unlock()
+	if err := catalog.CloseFence(ctx, conn, mainShard, int64(b.Counter), int64(b.Replica), closeWait); err != nil {
+		return fmt.Errorf("close the fence: %w", err)
 	}
 	return nil
 }
@@ -156,23 +199,21 @@ func (se *session) makeSynchronous(ctx context.Context) error {
 // whether it holds anything that is not effective. Only then is replay let in.
 func (se *session) settle(ctx context.Context) error {
 	se.mu.Lock()
-	wasOpen, ballot := se.open, se.term.ballot
-	se.state, se.proposing, se.settled = admin.StateDemoting, paxosgroup.Ballot{}, false
-	se.notify()
+	lost := se.open || se.unresolved() > 0
+	se.state, se.settled = admin.StateDemoting, false
+	se.proposing, se.restart = paxosgroup.Ballot{}, paxosgroup.Ballot{}
+	se.turn()
 	se.mu.Unlock()
-	if wasOpen {
+	if lost {
 		// The term was lost without a hand-over. Clients may wait in COMMIT for
 		// what will never be effective; ending a waiter shows its rows to others,
 		// so nobody is let read before it is known that there is none such.
-		if err := se.db.refuseConnections(ctx); err != nil {
-			return err
-		}
-		if _, err := catalog.TerminateClients(ctx, se.ctl); err != nil {
-			return fmt.Errorf("settle: end sessions: %w", err)
+		if err := se.shutOut(ctx); err != nil {
+			return fmt.Errorf("settle: %w", err)
 		}
 	}
-	if err := catalog.CloseFence(ctx, se.ctl, mainShard, int64(ballot.Counter), int64(ballot.Replica), closeWait); err != nil {
-		return fmt.Errorf("settle: close the fence: %w", err)
+	if err := se.closeFence(ctx, se.ctl); err != nil {
+		return fmt.Errorf("settle: %w", err)
 	}
 	if _, err := catalog.TerminateWriters(ctx, se.ctl); err != nil {
 		return fmt.Errorf("settle: end writers: %w", err)
@@ -191,28 +232,37 @@ func (se *session) settle(ctx context.Context) error {
 	if !clean {
 		return nil // govern sees why
 	}
-	if err := se.db.allowConnections(ctx); err != nil {
-		return err
-	}
 	if se.cfg.Postgres.DefaultReadOnly {
 		if err := catalog.SetReadOnlyDefault(ctx, se.ctl, true); err != nil {
 			return err
 		}
 	}
-	se.set(func() { se.settled = true; se.state = admin.StateFollowing })
+	if err := se.letIn(ctx); err != nil {
+		return err
+	}
+	se.mu.Lock()
+	se.settled, se.state = true, admin.StateFollowing
+	se.confirm()
+	se.turn()
+	se.mu.Unlock()
 	return nil
 }
 
 // intact reports whether the server still has every effective commit of this
-// incarnation, as it should; else it was restored or rolled back, and condemned.
-// It looks once a session: later commits are captured from the WAL. The caller
-// holds mu.
+// incarnation; else it was restored or rolled back, and is condemned. The
+// replication slot's position, read before the stream began, is part of what a
+// roll-back takes along: every effective commit behind it must have been handed
+// over again. It looks once a session, when all WAL there was has been captured;
+// later commits come from the WAL themselves. The caller holds mu.
 func (se *session) intact() bool {
-	if !se.looked && se.flushed < se.effectiveLSN {
-		se.condemn(fmt.Sprintf("the server's WAL ended at %s, before the last effective commit at %s: it was restored or replaced", se.flushed, se.effectiveLSN))
+	if !se.looking {
+		return true
+	}
+	if se.flushed < se.redelivered || !se.own.allIn(se.redelivered, se.seen) {
+		se.condemn(fmt.Sprintf("the server's WAL (up to %s when the sidecar connected) lacks effective commits of this database, the last of which ends at %s: it was restored or replaced", se.flushed, se.effectiveLSN))
 		return false
 	}
-	se.looked = true
+	se.looking, se.seen = false, nil
 	return true
 }
 
@@ -233,8 +283,19 @@ func (se *session) renew(ctx context.Context, ballot paxosgroup.Ballot) error {
 	stepCtx, cancel := context.WithTimeout(ctx, promoteWithin)
 	defer cancel()
 	se.mu.Lock()
-	opened := se.term.slot
-	intact := se.intact()
+	opened, looking := se.term.slot, se.looking
+	se.mu.Unlock()
+	if looking {
+		end, err := se.nudge(stepCtx)
+		if err != nil {
+			return err
+		}
+		if err := se.await(stepCtx, func() bool { return se.captured >= end || se.divergent != "" }); err != nil {
+			return fmt.Errorf("capture everything up to %s: %w", end, err)
+		}
+	}
+	se.mu.Lock()
+	intact := se.divergent == "" && se.intact()
 	se.mu.Unlock()
 	if !intact {
 		return nil // govern sees why
@@ -242,12 +303,7 @@ func (se *session) renew(ctx context.Context, ballot paxosgroup.Ballot) error {
 	if err := se.await(stepCtx, func() bool { return se.applied >= opened }); err != nil {
 		return fmt.Errorf("apply everything below slot %d: %w", opened, err)
 	}
-	if se.tracker == nil {
-		if err := se.loadSequences(stepCtx); err != nil {
-			return err
-		}
-	}
-	if err := se.db.allowConnections(stepCtx); err != nil {
+	if err := se.letIn(stepCtx); err != nil {
 		return err
 	}
 	if err := se.openFence(stepCtx, ballot); err != nil {
@@ -255,14 +311,26 @@ func (se *session) renew(ctx context.Context, ballot paxosgroup.Ballot) error {
 	}
 	se.mu.Lock()
 	defer se.mu.Unlock()
+	if se.term.ballot != ballot {
+		return nil // deposed meanwhile: it is settled
+	}
+	if se.tracker == nil {
+		se.tracker, se.sequences = sequence.NewTracker(), true
+	}
 	se.settled = false
 	if se.unproposed || se.unresolved() > 0 {
+		if se.proposedIn == ballot {
+			// Some commits of this very term are proposed already: handed over
+			// again they would be in it twice. In a new term it is known which are.
+			se.group.Resign()
+			return nil
+		}
 		se.restart = ballot
 	} else {
 		se.proposing = ballot
 	}
 	se.state = admin.StateLeading
-	se.log.Info("leading again", "ballot", ballot)
+	se.log.Info("leading again", "ballot", ballot.String())
 	se.turn()
 	return nil
 }
@@ -281,20 +349,27 @@ func (se *session) promote(ctx context.Context, ballot paxosgroup.Ballot) error 
 		st := se.group.Status()
 		return st.Role == paxosgroup.Leader && st.Ballot == ballot
 	}
-	changed := se.group.StatusChanged()
-	go func() { // a lost term ends the waiting below
-		select {
-		case <-stepCtx.Done():
-		case <-changed:
+	var watch sync.WaitGroup
+	watch.Go(func() { // a lost term ends the waiting below
+		for {
+			changed := se.group.StatusChanged()
 			if !still() {
 				cancel()
+				return
+			}
+			select {
+			case <-stepCtx.Done():
+				return
+			case <-changed:
 			}
 		}
-	}()
+	})
 	err := se.openForWrites(stepCtx, ballot)
+	cancel()
+	watch.Wait()
 	switch {
 	case err == nil:
-		se.log.Info("leading", "ballot", ballot, "took", time.Since(begun))
+		se.log.Info("leading", "ballot", ballot.String(), "took", time.Since(begun))
 		return nil
 	case ctx.Err() != nil:
 		return ctx.Err()
@@ -320,9 +395,6 @@ func (se *session) openForWrites(ctx context.Context, ballot paxosgroup.Ballot) 
 	if err := sequence.AdvancePastColumns(ctx, se.ctl); err != nil {
 		return err
 	}
-	if err := se.loadSequences(ctx); err != nil {
-		return err
-	}
 	recorded, err := catalog.WriteOpening(ctx, se.ctl, mainShard, int64(ballot.Counter), int64(ballot.Replica))
 	if err != nil {
 		return err
@@ -333,20 +405,32 @@ func (se *session) openForWrites(ctx context.Context, ballot paxosgroup.Ballot) 
 			return err
 		}
 	}
-	// Captured commits are proposed from before the fence opens.
+	// Captured commits are proposed from before the fence opens, and no image is
+	// being taken as of a follower any more.
+	if err := se.lockApplying(ctx); err != nil {
+		return err
+	}
 	se.mu.Lock()
-	if se.divergent != "" || se.unresolved() > 0 {
+	if se.divergent != "" || se.unresolved() > 0 || se.term.ballot != ballot {
 		se.mu.Unlock()
-		return nil // govern condemns it
+		se.unlockApplying()
+		return nil // govern sees which
 	}
 	se.opened, se.proposing, se.unproposed, se.settled = o, ballot, false, false
-	se.notify()
+	se.tracker, se.sequences = sequence.NewTracker(), true
+	se.turn()
 	se.mu.Unlock()
+	se.unlockApplying()
 	if err := se.openFence(ctx, ballot); err != nil {
 		se.set(func() { se.proposing = paxosgroup.Ballot{} })
 		return err
 	}
-	se.set(func() { se.state = admin.StateLeading })
+	se.mu.Lock()
+	defer se.mu.Unlock()
+	if se.term.ballot == ballot {
+		se.state = admin.StateLeading
+	}
+	se.turn()
 	return nil
 }
 
@@ -358,23 +442,22 @@ func (se *session) openFence(ctx context.Context, ballot paxosgroup.Ballot) erro
 	return nil
 }
 
-// loadSequences starts the tracker afresh for a term of our own.
-func (se *session) loadSequences(ctx context.Context) error {
-	se.set(func() { se.tracker, se.sequences = sequence.NewTracker(), true })
-	return nil
-}
-
 // quarantine closes the database for good: nobody reads what will be discarded,
 // and no waiter is ever told success.
 func (se *session) quarantine(ctx context.Context) error {
-	se.set(func() { se.state = admin.StateRepairing; se.proposing = paxosgroup.Ballot{}; se.held = true })
+	se.mu.Lock()
+	why := se.divergent
+	se.state, se.proposing, se.held = admin.StateRepairing, paxosgroup.Ballot{}, true
+	se.turn()
+	se.mu.Unlock()
 	se.group.SetElectable(false)
 	se.group.Resign()
-	if err := se.db.refuseConnections(ctx); err != nil {
+	// From now on it is known, across restarts too, that nobody may get in.
+	if err := se.member.markReplace(why); err != nil {
 		return err
 	}
-	if _, err := catalog.TerminateClients(ctx, se.ctl); err != nil {
-		return fmt.Errorf("end sessions: %w", err)
+	if err := se.shutOut(ctx); err != nil {
+		return err
 	}
 	return errReplace
 }
@@ -399,7 +482,7 @@ func (se *session) handOver(ctx context.Context, to paxosgroup.ReplicaID) (time.
 		return 0, cause
 	}
 	se.set(func() { se.state = admin.StateDemoting })
-	if err := catalog.CloseFence(ctx, se.ctl, mainShard, int64(ballot.Counter), int64(ballot.Replica), closeWait); err != nil {
+	if err := catalog.CloseFence(ctx, se.ctl, mainShard, int64(ballot.Counter), int64(ballot.Replica), handOverWait); err != nil {
 		return reopen(fmt.Errorf("close the fence: %w", err))
 	}
 	se.set(func() { se.open, se.settled = false, false })
@@ -409,7 +492,10 @@ func (se *session) handOver(ctx context.Context, to paxosgroup.ReplicaID) (time.
 	if err != nil {
 		return reopen(err)
 	}
-	if err := se.await(drainCtx, func() bool { return se.captured >= end && se.unresolved() == 0 }); err != nil {
+	drained := func() bool {
+		return se.captured >= end && se.unresolved() == 0 && (len(se.pending) == 0 || se.pending[0].lsn > end)
+	}
+	if err := se.await(drainCtx, drained); err != nil {
 		return reopen(fmt.Errorf("what is under way does not become effective: %w", err))
 	}
 	if err := se.group.Transfer(drainCtx, to); err != nil {

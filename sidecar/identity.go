@@ -26,6 +26,12 @@ type identity struct {
 	// Founded: the region's first database was set up (or was not needed,
 	// since it starts from an image).
 	Founded bool `json:"founded"`
+	// Began: the log beside the identity was begun. One that is missing from then
+	// on was lost, and with it what this replica promised.
+	Began bool `json:"began"`
+	// Replace says why the database must be replaced by an image, and is to be
+	// kept shut until it is; empty: it need not.
+	Replace string `json:"replace,omitempty"`
 }
 
 const identityFile = "identity.json"

@@ -39,8 +39,19 @@ func (db *database) tidy(ctx context.Context) error {
 				return err
 			}
 		}
-		return nil
+		return dropOrigins(ctx, conn)
 	})
+}
+
+// dropOrigins drops the replication origins that go with no replication slot.
+// Origins belong to the server, not to a database, and their number is bounded.
+func dropOrigins(ctx context.Context, conn *pgx.Conn) error {
+	_, err := conn.Exec(ctx, `SELECT pg_replication_origin_drop(roname) FROM pg_replication_origin
+		WHERE roname LIKE 'quorate\_%' AND roname NOT IN (SELECT slot_name FROM pg_replication_slots)`)
+	if err != nil {
+		return fmt.Errorf("drop replication origins: %w", err)
+	}
+	return nil
 }
 
 // dropDatabase drops a database, its replication slots first.
@@ -143,10 +154,7 @@ func (db *database) swap(ctx context.Context) error {
 		if err := dropDatabase(ctx, conn, db.oldName()); err != nil {
 			return err
 		}
-		// Origins belong to the server, not to a database.
-		_, err := conn.Exec(ctx, `SELECT pg_replication_origin_drop(roname) FROM pg_replication_origin
-			WHERE roname LIKE 'quorate\_%' AND roname NOT IN (SELECT slot_name FROM pg_replication_slots)`)
-		return err
+		return dropOrigins(ctx, conn)
 	})
 }
 
@@ -163,13 +171,14 @@ func pgQuote(s string) string {
 	return string(out)
 }
 
-// seed replaces the replicated database by an image of a healthy region, under a
-// new incarnation, and returns where in the log it stands. It tries the regions
+// seed replaces the replicated database by an image of a healthy region that
+// stands at or above a slot, under a new incarnation, and returns where in the log
+// it stands. It tries the regions
 // in turn until ctx ends; the old database is kept until the new one is complete.
-func seed(ctx context.Context, cfg *config.Config, db *database, peers *regionClients, clusterID uint64, log *slog.Logger, say func(string)) (paxosgroup.Base, paxosgroup.Incarnation, error) {
+func seed(ctx context.Context, cfg *config.Config, db *database, peers *regionClients, clusterID uint64, above paxosgroup.Slot, log *slog.Logger, say func(string)) (paxosgroup.Base, paxosgroup.Incarnation, error) {
 	for {
 		for _, region := range sources(ctx, cfg, peers, clusterID) {
-			base, inc, err := seedFrom(ctx, cfg, db, peers, clusterID, region, log, say)
+			base, inc, err := seedFrom(ctx, cfg, db, peers, clusterID, region, above, log, say)
 			if err == nil {
 				return base, inc, nil
 			}
@@ -236,7 +245,7 @@ func sources(ctx context.Context, cfg *config.Config, peers *regionClients, clus
 	return regions
 }
 
-func seedFrom(ctx context.Context, cfg *config.Config, db *database, peers *regionClients, clusterID uint64, region string, log *slog.Logger, say func(string)) (base paxosgroup.Base, inc paxosgroup.Incarnation, err error) {
+func seedFrom(ctx context.Context, cfg *config.Config, db *database, peers *regionClients, clusterID uint64, region string, above paxosgroup.Slot, log *slog.Logger, say func(string)) (base paxosgroup.Base, inc paxosgroup.Incarnation, err error) {
 	conn, err := peers.conn(region)
 	if err != nil {
 		return base, 0, err
@@ -262,6 +271,9 @@ func seedFrom(ctx context.Context, cfg *config.Config, db *database, peers *regi
 	}
 	if base, err = paxosgroup.DecodeBase(manifest.Base); err != nil {
 		return base, 0, fmt.Errorf("image of region %s: %w", region, err)
+	}
+	if base.Slot < above {
+		return base, 0, fmt.Errorf("the image stands at slot %d, and this region's own log begins only after slot %d", base.Slot, above)
 	}
 	inc = newIncarnation()
 	to, err := db.connectTo(ctx, db.seedName(), "seeding")
@@ -305,41 +317,68 @@ func (db *database) binDir(ctx context.Context, cfg *config.Config) (string, err
 // Open implements snapshot.Source: it exports this region's database at a slot
 // that is known exactly.
 func (s *shard) Open(ctx context.Context) (*snapshot.Exported, error) {
+	st := s.group.Status()
 	s.mu.Lock()
-	se, settled, leading := s.session, s.settled, !s.proposing.IsZero()
+	se, settled := s.session, s.settled
+	leading := st.Role == paxosgroup.Leader && s.proposing == st.Ballot && s.term.ballot == st.Ballot && s.open
 	s.mu.Unlock()
 	switch {
 	case se == nil:
 		return nil, errors.New("this region's database is not connected")
 	case leading:
-		return se.exportLeader(ctx)
+		return se.exportLeader(ctx, st.Ballot)
 	case settled:
 		return se.exportFollower(ctx)
 	}
 	return nil, errors.New("this region's database is not settled")
 }
 
+// exportWithin bounds the export of a snapshot, during which replay stands still.
+const exportWithin = 5 * time.Second
+
 // exportFollower exports between two batches of replay, so the image is exactly
 // what was applied.
 func (se *session) exportFollower(ctx context.Context) (*snapshot.Exported, error) {
-	se.applying.Lock()
-	defer se.applying.Unlock()
-	e, err := se.replay.Export(ctx)
+	short, cancel := context.WithTimeout(ctx, exportWithin)
+	defer cancel()
+	if err := se.lockApplying(short); err != nil {
+		return nil, err
+	}
+	defer se.unlockApplying()
+	// Nothing foreign is applied meanwhile, and while it is settled nothing local
+	// commits: what is counted as applied before the export is in it.
+	se.mu.Lock()
+	settled, applied, attempt := se.settled, se.applied, se.openAttempt
+	se.mu.Unlock()
+	if !settled {
+		return nil, errNotSettled
+	}
+	e, err := se.replay.Export(short)
 	if err != nil {
 		return nil, err
 	}
-	// What was applied last may not be in applied yet; what applied is ahead by
-	// wrote nothing, or is this incarnation's own.
 	se.mu.Lock()
-	slot := max(se.applied, paxosgroup.Slot(e.Slot))
+	settled = se.settled
 	se.mu.Unlock()
+	if !settled {
+		e.Release()
+		return nil, errNotSettled
+	}
+	// What was applied last may not be in applied yet.
+	slot := max(applied, paxosgroup.Slot(e.Slot))
+	if attempt != 0 && attempt <= slot {
+		// The image's log must hold the large transaction that is under way from
+		// its first fragment on. Fragments write nothing, so an earlier slot is as
+		// true of the image.
+		slot = attempt - 1
+	}
 	return se.exported(ctx, e.Name, slot, e.Release)
 }
 
 // exportLeader exports the snapshot that the making of a replication slot gives:
 // an exact prefix of the WAL, which an ordinary one is not. It may hold commits
 // that are not effective yet, so it is handed out only when all in it are.
-func (se *session) exportLeader(ctx context.Context) (*snapshot.Exported, error) {
+func (se *session) exportLeader(ctx context.Context, ballot paxosgroup.Ballot) (*snapshot.Exported, error) {
 	cfg, err := pgconn.ParseConfig(se.db.dsn)
 	if err != nil {
 		return nil, err
@@ -381,7 +420,7 @@ func (se *session) exportLeader(ctx context.Context) (*snapshot.Exported, error)
 	}()
 	lost := errors.New("this region lost leadership while it exported")
 	err = se.await(slotCtx, func() bool {
-		if se.proposing.IsZero() {
+		if se.proposing != ballot {
 			return true
 		}
 		for _, p := range se.pending {

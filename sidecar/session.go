@@ -19,6 +19,10 @@ import (
 	"quorate/sidecar/admin"
 )
 
+// errBeginAgain ends a session whose database is not the one it was: what it is
+// must be found out from the start.
+var errBeginAgain = errors.New("the database is another one")
+
 // errReplace ends a session whose database must be replaced by an image.
 var errReplace = errors.New("the database must be replaced")
 
@@ -35,18 +39,19 @@ func endOf(ctx context.Context, err error) error {
 // The acceptor, the log and the learner outlive it.
 type session struct {
 	*shard
-	db      *database
-	ctl     *pgx.Conn // roles: fence, settings; used by govern only
-	watch   *pgx.Conn // watchdog
-	samples *pgx.Conn // sequence samples
-	face    *pgx.Conn // what the SQL face shows
-	proof   *pgx.Conn // the test commit
-	ddlKey  []byte    // of the database's DDL messages
-	shut    bool      // the database was closed to clients when the session began
-	replay  *replay.Session
-	start   time.Time // of the postmaster
-	flushed entry.LSN // at the session's start
-	looked  bool      // the server was seen to have what it should; under mu
+	db          *database
+	member      *membership
+	done        chan struct{} // closed when the session has ended
+	ctl         *pgx.Conn     // roles: fence, settings; used by govern only
+	watch       *pgx.Conn     // watchdog
+	samples     *pgx.Conn     // sequence samples
+	face        *pgx.Conn     // what the SQL face shows
+	proof       *pgx.Conn     // the test commit
+	ddlKey      []byte        // of the database's DDL messages
+	replay      *replay.Session
+	start       time.Time // of the postmaster
+	flushed     entry.LSN // at the session's start
+	redelivered entry.LSN // from where the stream hands commits over, as the server had it at the session's start
 
 	requests chan request // run by govern
 }
@@ -58,34 +63,70 @@ type request struct {
 }
 
 // runSession returns when the connection to PostgreSQL is lost, when the
-// database must be replaced (errReplace), or when ctx ends (nil).
-func (s *shard) runSession(ctx context.Context, db *database) (err error) {
-	se := &session{shard: s, db: db, requests: make(chan request)}
-	defer se.close()
-	defer func() {
-		s.group.SetElectable(false)
-		s.set(func() {
-			s.proposing, s.settled, s.open = paxosgroup.Ballot{}, false, false
-			s.stream, s.session = nil, nil
-		})
-	}()
+// database must be replaced (errReplace) or looked at anew (errBeginAgain), or
+// when ctx ends (nil).
+func (s *shard) runSession(ctx context.Context, db *database, member *membership) (err error) {
+	se := &session{shard: s, db: db, member: member, requests: make(chan request), done: make(chan struct{})}
+	defer se.end()
 	if err := se.connect(ctx); err != nil {
 		return endOf(ctx, err)
 	}
-	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return se.capture(ctx) })
-	g.Go(func() error { return se.watchdog(ctx) })
-	g.Go(func() error { return se.replayer(ctx) })
 	sampler, err := sequence.NewSampler(ctx, se.samples)
 	if err != nil {
 		return endOf(ctx, err)
 	}
+	s.set(func() { s.session = se })
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return se.capture(ctx) })
+	g.Go(func() error { return se.watchdog(ctx) })
+	g.Go(func() error { return se.replayer(ctx) })
 	g.Go(func() error { return s.sampler(ctx, sampler, se.visible) })
 	g.Go(func() error { return se.publish(ctx) })
 	g.Go(func() error { return se.govern(ctx) })
-	s.set(func() { s.session = se })
 	return g.Wait()
 }
+
+// end leaves nothing of the session: nothing is proposed or confirmed any more,
+// and a database that was to be kept shut is shut again, for the next session
+// has to be let in.
+func (se *session) end() {
+	s := se.shard
+	s.group.SetElectable(false)
+	s.mu.Lock()
+	shut := s.shut
+	s.proposing, s.restart, s.settled, s.open, s.synchronous = paxosgroup.Ballot{}, paxosgroup.Ballot{}, false, false, false
+	s.stream, s.session = nil, nil
+	s.turn()
+	s.mu.Unlock()
+	close(se.done)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+	defer cancel()
+	if shut {
+		if err := se.db.refuseConnections(ctx); err != nil {
+			s.log.Warn("the database could not be shut again", "err", err)
+		}
+	}
+	for _, c := range []*pgx.Conn{se.ctl, se.watch, se.samples, se.face, se.proof} {
+		if c != nil {
+			c.Close(ctx)
+		}
+	}
+	if se.replay != nil {
+		se.replay.Close()
+	}
+}
+
+// lockApplying waits for the batch under way and keeps the next from beginning.
+func (s *shard) lockApplying(ctx context.Context) error {
+	select {
+	case s.applying <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("wait for replay: %w", ctx.Err())
+	}
+}
+
+func (s *shard) unlockApplying() { <-s.applying }
 
 // visible reports whether every transaction up to xid that will ever be visible
 // is. It runs on the sampler's connection, between samples.
@@ -98,26 +139,16 @@ func (se *session) visible(ctx context.Context, xid uint64) (bool, error) {
 	return done, nil
 }
 
-func (se *session) close() {
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
-	defer cancel()
-	for _, c := range []*pgx.Conn{se.ctl, se.watch, se.samples, se.face, se.proof} {
-		if c != nil {
-			c.Close(ctx)
-		}
-	}
-	if se.replay != nil {
-		se.replay.Close()
-	}
-}
-
 // connect opens the connections and looks at where the database stands.
 func (se *session) connect(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
-	var err error
-	if se.shut, err = se.db.openForSession(ctx); err != nil {
+	shut, err := se.db.openForSession(ctx)
+	if err != nil {
 		return err
+	}
+	if shut {
+		se.set(func() { se.shut = true })
 	}
 	for name, c := range map[string]**pgx.Conn{"control": &se.ctl, "watchdog": &se.watch, "sequences": &se.samples, "status": &se.face, "proof": &se.proof} {
 		if *c, err = se.db.connect(ctx, name); err != nil {
@@ -133,13 +164,17 @@ func (se *session) connect(ctx context.Context) error {
 	}
 	se.ddlKey = state.ddlKey
 	if state.incarnation != se.incarnation {
-		return fmt.Errorf("the database is of incarnation %s, not %s: it was replaced while the sidecar ran", state.incarnation, se.incarnation)
+		return fmt.Errorf("%w: incarnation %s, not %s", errBeginAgain, state.incarnation, se.incarnation)
 	}
-	// Everything known to be effective must be judged before the database is
-	// compared with it.
-	if err := se.db.requireSlot(ctx, se.ctl, state); err != nil {
+	if se.redelivered, err = se.db.requireSlot(ctx, se.ctl, state); err != nil {
+		if !errors.Is(err, errReplace) {
+			return err
+		}
+		// What was committed without the slot is in no other region. Nobody reads
+		// it, and nobody is left waiting for its confirmation, which would also
+		// hold up the making of another slot.
 		se.set(func() { se.condemn(err.Error()) })
-		return errReplace
+		return se.quarantine(ctx)
 	}
 	if err := se.db.check(ctx, se.ctl, se.incarnationName(), se.warn); err != nil {
 		return err
@@ -163,9 +198,15 @@ func (se *session) connect(ctx context.Context) error {
 	se.set(func() {
 		se.opened = state.opened
 		se.open = fence.Open
-		se.settled = false
+		se.settled, se.looking, se.seen = false, true, nil
+		// Sequences of a former term of this database may have handed out values
+		// that only a session's end or a mark may let go.
+		if !se.opened.term.IsZero() {
+			se.sequences = true
+		}
 		se.state = admin.StateStarting
 		se.health = ""
+		se.openAttempt = 0
 		se.applied = paxosgroup.Slot(se.replay.Progress())
 	})
 	return nil
@@ -235,14 +276,9 @@ func (se *session) watchdog(ctx context.Context) error {
 	// Whatever commits in a server that is unfit may not be waited for: no more
 	// writes first.
 	unfit := func(err error) error {
-		se.mu.Lock()
-		b := se.term.ballot
-		se.mu.Unlock()
-		if err := catalog.CloseFence(ctx, se.watch, mainShard, int64(b.Counter), int64(b.Replica), closeWait); err != nil {
-			se.log.Error("close the fence", "err", err)
-		}
-		return err
+		return errors.Join(err, se.closeFence(ctx, se.watch))
 	}
+	impostors := 0
 	for look := 1; ; look++ {
 		select {
 		case <-ctx.Done():
@@ -251,22 +287,33 @@ func (se *session) watchdog(ctx context.Context) error {
 		}
 		queryCtx, cancel := context.WithTimeout(ctx, 2*time.Second)
 		var start time.Time
-		var names string
-		err := se.watch.QueryRow(queryCtx, "SELECT pg_postmaster_start_time(), current_setting('synchronous_standby_names')").Scan(&start, &names)
+		var standbys int
+		err := se.watch.QueryRow(queryCtx, `SELECT pg_postmaster_start_time(), (SELECT count(*) FROM pg_stat_replication WHERE application_name = $1)`,
+			se.cfg.Postgres.ApplicationName).Scan(&start, &standbys)
+		var synchronous bool
+		var foreign *catalog.ForeignStandbysError
+		if err == nil {
+			synchronous, err = catalog.IsSynchronous(queryCtx, se.watch, se.cfg.Postgres.ApplicationName)
+		}
 		cancel()
+		se.mu.Lock()
+		proved := se.synchronous
+		se.mu.Unlock()
 		switch {
 		case ctx.Err() != nil:
 			return nil
+		case errors.As(err, &foreign) || err == nil && proved && !synchronous:
+			return unfit(errors.Join(errors.New("synchronous_standby_names was changed: commits no longer wait for a quorum of regions"), err))
 		case err != nil:
 			return fmt.Errorf("PostgreSQL does not answer: %w", err)
 		case !start.Equal(se.start):
 			return errors.New("PostgreSQL was restarted")
-		}
-		se.mu.Lock()
-		synchronous, ours := se.synchronous, names == se.db.standbyNames()
-		se.mu.Unlock()
-		if synchronous && !ours {
-			return unfit(fmt.Errorf("synchronous_standby_names was changed to %q: commits no longer wait for a quorum of regions; it is set back", names))
+		case standbys <= 1:
+			impostors = 0
+		case impostors == 0:
+			impostors++ // may be the last of a stream of ours that has just ended
+		default:
+			return unfit(fmt.Errorf("%d standbys are named %q: another one confirms commits in the sidecar's place; end it and refuse it in pg_hba.conf", standbys, se.cfg.Postgres.ApplicationName))
 		}
 		if look%checkEvery != 0 {
 			continue
@@ -305,12 +352,17 @@ func (se *session) replayer(ctx context.Context) error {
 			if len(work) == 0 {
 				return nil
 			}
-			if err := se.await(ctx, func() bool { return se.settled }); err != nil {
+			for {
+				if err := se.await(ctx, func() bool { return se.settled }); err != nil {
+					return err
+				}
+				err := se.apply(ctx, work, incarnations)
+				if errors.Is(err, errNotSettled) {
+					continue
+				}
+				work, incarnations = nil, nil
 				return err
 			}
-			err := se.apply(ctx, work, incarnations)
-			work, incarnations = nil, nil
-			return err
 		}
 		for _, d := range batch {
 			se.mu.Lock()
@@ -320,9 +372,14 @@ func (se *session) replayer(ctx context.Context) error {
 				break // chosen, but its term is not judged by the learner yet
 			}
 			next = d.Slot + 1
-			tx, err := se.transaction(d)
+			tx, attempt, err := se.transaction(d)
 			if err != nil {
 				return err
+			}
+			if attempt != nil {
+				se.mu.Lock()
+				se.openAttempt = *attempt
+				se.mu.Unlock()
 			}
 			if tx == nil {
 				continue
@@ -354,8 +411,18 @@ func (se *session) replayer(ctx context.Context) error {
 // apply commits a batch to the database.
 func (se *session) apply(ctx context.Context, work []replay.Transaction, incarnations []paxosgroup.Incarnation) error {
 	begun := time.Now()
-	se.applying.Lock()
-	defer se.applying.Unlock()
+	if err := se.lockApplying(ctx); err != nil {
+		return err
+	}
+	defer se.unlockApplying()
+	se.mu.Lock()
+	settled := se.settled
+	se.mu.Unlock()
+	if !settled {
+		// Promoted between the waiting and here: there is nothing foreign to apply
+		// in a term of our own, unless the term is over already.
+		return fmt.Errorf("replay slot %d: %w", work[0].Slot, errNotSettled)
+	}
 	if err := se.replay.Apply(ctx, work); err != nil {
 		var conflict *replay.ConflictError
 		if errors.As(err, &conflict) {
@@ -369,26 +436,48 @@ func (se *session) apply(ctx context.Context, work []replay.Transaction, incarna
 	return nil
 }
 
-// transaction returns what replay has to do for an entry, or nil.
-func (se *session) transaction(d paxosgroup.Delivered) (*replay.Transaction, error) {
-	if d.Verdict != paxosgroup.Effective || d.Entry.Kind != paxosgroup.KindData || d.Entry.Incarnation == se.incarnation {
-		return nil, nil
+// transaction returns what replay has to do for an entry, or nil; and, if the
+// entry moves it, the slot of the first fragment of a large transaction that is
+// under way in the log (0: none is).
+func (se *session) transaction(d paxosgroup.Delivered) (tx *replay.Transaction, attempt *paxosgroup.Slot, err error) {
+	if d.Verdict != paxosgroup.Effective {
+		return nil, nil, nil
+	}
+	none := new(paxosgroup.Slot)
+	switch d.Entry.Kind {
+	case paxosgroup.KindOpening:
+		return nil, none, nil // what was under way in another term comes to nothing
+	case paxosgroup.KindData:
+	default:
+		return nil, nil, nil
 	}
 	p, err := entry.Decode(d.Entry.Payload)
 	if err != nil {
-		return nil, fmt.Errorf("slot %d: %w", d.Slot, err)
+		return nil, nil, fmt.Errorf("slot %d: %w", d.Slot, err)
 	}
-	if p.Type == entry.TypeFragment {
-		return nil, nil
+	switch p.Type {
+	case entry.TypeFragment:
+		if p.Fragment == 1 {
+			return nil, &d.Slot, nil
+		}
+		return nil, nil, nil
+	case entry.TypeCommit:
+		attempt = none
 	}
-	tx := &replay.Transaction{Slot: uint64(d.Slot), CommitTime: p.Header.CommitTime, Payload: p}
+	if d.Entry.Incarnation == se.incarnation {
+		return nil, attempt, nil
+	}
+	tx = &replay.Transaction{Slot: uint64(d.Slot), CommitTime: p.Header.CommitTime, Payload: p}
 	if p.Type == entry.TypeCommit {
 		tx.Fragments = func(yield func(body []byte) error) error {
 			return fragments(se.group, d, p, yield)
 		}
 	}
-	return tx, nil
+	return tx, attempt, nil
 }
+
+// errNotSettled says that the database is not one to replay into at the moment.
+var errNotSettled = errors.New("the database is not settled")
 
 // logReader is what fragments needs of a group.
 type logReader interface {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 	"time"
 
@@ -63,18 +64,20 @@ type shard struct {
 	state       string // an admin.State constant
 	health      string // why it cannot go on; empty: it can
 	applied     paxosgroup.Slot
-	open        bool      // the fence is open
-	opened      opening   // the last time it was opened after another region's term
-	begun       time.Time // capture met the BEGIN of what it hands over now
-	spans       chan commitSpans
-	accepted    chan acceptedEntry
+	openAttempt paxosgroup.Slot   // of the first fragment of the large transaction that applied stands within; 0: none
+	open        bool              // the fence is open
+	opened      opening           // the last time it was opened after another region's term
 	proposing   paxosgroup.Ballot // term in which captured commits are proposed; zero: none
 	settled     bool              // nothing local is left that could still commit or be divergent
 	divergent   string            // why this database must be replaced; empty: it need not
+	shut        bool              // clients are kept out of the database until it is settled
+	session     *session          // with PostgreSQL, if connected
+	synchronous bool              // COMMIT was seen to wait for us
+	applying    chan struct{}     // holds a token while a batch is applied, or somebody must see the database between two
 
-	session     *session   // with PostgreSQL, if connected
-	synchronous bool       // COMMIT was seen to wait for us
-	applying    sync.Mutex // held while a batch is applied, and by whoever must see the database between two
+	// Of commits whose spans are to be made.
+	spans    chan commitSpans
+	accepted chan acceptedEntry
 
 	// What capture handed over and PostgreSQL was not yet told.
 	stream     *capture.Stream
@@ -82,13 +85,18 @@ type shard struct {
 	pending    []pendingPosition
 	confirmed  entry.LSN
 	held       bool              // confirm nothing: a proof is under way
+	capturing  capturing         // the transaction that is being handed over
 	unproposed bool              // commits were captured that nobody proposed
+	proposedIn paxosgroup.Ballot // the last term in which a commit was proposed
 	restart    paxosgroup.Ballot // the stream is to start over and propose in this term
+	seen       []entry.LSN       // ends of the commits handed over since the session began, until it was looked whether one is missing
+	looking    bool              // seen is being filled
 
 	// Sequence coverage of positions: pending positions carry the number of
 	// their arrival, and those up to covered need no further sample.
 	arrivals  uint64
 	covered   uint64
+	sampling  uint64 // arrivals up to here are covered by the sample that is being taken
 	sequences bool   // there are sequences to be covered, or may be
 	ddl       uint64 // xid of the last captured commit with DDL not known to be visible; 0: none
 	tracker   *sequence.Tracker
@@ -109,6 +117,15 @@ type opening struct {
 	horizon uint64 // the next xid then: commits of lower ones are divergent
 }
 
+// capturing is a local commit between its Begin and its pending position: a
+// large one takes its time, and leadership may come and go meanwhile.
+type capturing struct {
+	open      bool
+	commitLSN entry.LSN
+	term      paxosgroup.Ballot // in which all of it is proposed; zero: it is not
+	begun     time.Time
+}
+
 // pendingPosition is a position of the WAL that is not confirmed yet.
 type pendingPosition struct {
 	lsn     entry.LSN
@@ -123,7 +140,7 @@ type pendingPosition struct {
 func newShard(cfg *config.Config, tracer *tracing.Tracer, m *metrics, log *slog.Logger) *shard {
 	return &shard{
 		cfg: cfg, tracer: tracer, metrics: m, log: log.With("shard", mainShard),
-		state: admin.StateStarting, spans: make(chan commitSpans, spansMax), accepted: make(chan acceptedEntry, spansMax), now: runner.BootTime,
+		state: admin.StateStarting, spans: make(chan commitSpans, spansMax), accepted: make(chan acceptedEntry, spansMax), applying: make(chan struct{}, 1), now: runner.BootTime,
 	}
 }
 
@@ -224,7 +241,7 @@ func (s *shard) learnOne(d *paxosgroup.Delivered) error {
 		s.term = termInfo{ballot: d.Entry.Term, region: d.Entry.Region, incarnation: d.Entry.Incarnation, slot: d.Slot}
 		if d.Entry.Incarnation != s.incarnation {
 			s.lastForeign = d.Entry.Term
-			s.proposing = paxosgroup.Ballot{}
+			s.proposing, s.restart = paxosgroup.Ballot{}, paxosgroup.Ballot{}
 		}
 		s.turn()
 	case paxosgroup.KindData:
@@ -256,7 +273,10 @@ func (s *shard) learnOne(d *paxosgroup.Delivered) error {
 // confirm makes everything pending that can be confirmed known to PostgreSQL.
 // The caller holds mu.
 func (s *shard) confirm() {
-	if s.held || s.stream == nil {
+	// While it is not settled whether this region goes on in a term of its own or
+	// follows another, nothing is confirmed: not even what seems to be nothing may
+	// stand for sequence values that no mark covers.
+	if s.held || s.stream == nil || !s.settled && s.proposing.IsZero() {
 		return
 	}
 	var to entry.LSN
@@ -311,13 +331,17 @@ func (s *shard) lineage() bool {
 	return !s.opened.term.IsZero() && s.lastForeign.Less(s.opened.term)
 }
 
-// unresolved counts captured commits that are not effective. The caller holds mu.
+// unresolved counts captured commits that are not effective, the one that is
+// being handed over included. The caller holds mu.
 func (s *shard) unresolved() int {
 	n := 0
 	for i := range s.pending {
 		if s.pending[i].commit && s.pending[i].lsn > s.effectiveLSN {
 			n++
 		}
+	}
+	if s.capturing.open && s.capturing.commitLSN >= s.effectiveLSN {
+		n++
 	}
 	return n
 }
@@ -326,8 +350,9 @@ func (s *shard) unresolved() int {
 func (s *shard) Begin(b capture.Begin) capture.Disposition {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.capturing = capturing{open: true, commitLSN: b.CommitLSN}
 	if s.tracer != nil {
-		s.begun = time.Now()
+		s.capturing.begun = time.Now()
 	}
 	if s.proposing.IsZero() || b.CommitLSN < s.effectiveLSN || s.unproposed {
 		return capture.Digest
@@ -336,29 +361,33 @@ func (s *shard) Begin(b capture.Begin) capture.Disposition {
 		s.condemn(fmt.Sprintf("transaction %d began before another region led and committed after it", b.Xid))
 		return capture.Digest
 	}
+	s.capturing.term = s.proposing
 	return capture.Propose
 }
 
 // Entry implements capture.Handler: it proposes a payload of a commit.
 func (s *shard) Entry(ctx context.Context, p entry.Payload) error {
 	s.mu.Lock()
-	term, begun := s.proposing, s.begun
+	term, begun := s.capturing.term, s.capturing.begun
 	s.mu.Unlock()
 	var st *stamps
 	if s.tracer != nil && p.Type != entry.TypeFragment && s.tracer.Sampled(s.traced(s.incarnation, 0, term, p.Header)) {
 		st = &stamps{begun: begun, captured: time.Now()}
 	}
-	// In this term and no other: if leadership was lost and won between, it is
-	// for settle and promote to say whether this commit has a place in the new
-	// term.
+	// All of it in the term in which it began, and no other: if leadership was lost
+	// and won between, it is for settle and renew to say whether this commit has a
+	// place in the new term.
 	_, err := s.group.ProposeIn(ctx, term, p.Append(nil))
 	if st != nil {
 		st.proposed = time.Now()
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if bytes.Contains(p.Body, []byte(entry.DDLPrefix)) {
+	if p.Type == entry.TypeCommit || bytes.Contains(p.Body, []byte(entry.DDLPrefix)) {
 		s.sequences, s.ddl = true, p.Header.Xid // it may have made one
+	}
+	if err == nil {
+		s.proposedIn = term
 	}
 	if p.Type != entry.TypeFragment {
 		s.addPending(pendingPosition{lsn: p.Header.EndLSN, commit: true, header: p.Header, at: time.Now(), stamps: st})
@@ -407,7 +436,15 @@ func (s *shard) Position(_ context.Context, lsn entry.LSN) error {
 func (s *shard) addPending(p pendingPosition) {
 	s.arrivals++
 	p.arrival = s.arrivals
-	if last := len(s.pending) - 1; !p.commit && last >= 0 && !s.pending[last].commit {
+	if p.commit {
+		s.capturing = capturing{}
+		if s.looking {
+			s.seen = append(s.seen, p.lsn)
+		}
+	}
+	// Positions are merged, but not into one that the sample under way will cover:
+	// it would have to wait for another, and another.
+	if last := len(s.pending) - 1; !p.commit && last >= 0 && !s.pending[last].commit && s.pending[last].arrival > s.sampling {
 		s.pending[last].lsn, s.pending[last].arrival = max(p.lsn, s.pending[last].lsn), p.arrival
 	} else {
 		s.pending = append(s.pending, p)
@@ -425,12 +462,15 @@ func (s *shard) startOver(stream *capture.Stream) {
 	defer s.mu.Unlock()
 	s.stream = stream
 	s.pending = s.pending[:0]
+	s.seen = s.seen[:0]
 	s.captured = 0
 	s.confirmed = 0
 	s.unproposed = false
-	if !s.restart.IsZero() {
-		s.proposing, s.restart = s.restart, paxosgroup.Ballot{}
+	s.capturing = capturing{}
+	if !s.restart.IsZero() && s.restart == s.term.ballot && s.term.incarnation == s.incarnation {
+		s.proposing = s.restart
 	}
+	s.restart = paxosgroup.Ballot{}
 	s.turn()
 }
 
@@ -447,7 +487,7 @@ func (s *shard) sampler(ctx context.Context, sampler *sequence.Sampler, visible 
 		idle, cancel := context.WithTimeout(ctx, sampleInterval)
 		err := s.await(idle, func() bool {
 			upTo, term, ddl = s.arrivals, s.proposing, s.ddl
-			return s.sequences && len(s.pending) > 0 && s.covered < upTo
+			return s.sequences && len(s.pending) > 0 && s.covered < upTo && (s.settled || !term.IsZero())
 		})
 		cancel()
 		if ctx.Err() != nil {
@@ -464,11 +504,14 @@ func (s *shard) sampler(ctx context.Context, sampler *sequence.Sampler, visible 
 			}
 		}
 		if term.IsZero() {
-			// Not leading: no client of ours is handed values that another
-			// region must know, and nothing can be proposed.
+			// Settled, and not leading: no client here is handed values that
+			// another region must know.
 			s.cover(upTo)
 			continue
 		}
+		s.mu.Lock()
+		s.sampling = upTo
+		s.mu.Unlock()
 		// A sequence is not seen before the commit that made it is released, so an
 		// empty sample means something only when that commit was visible before.
 		known := true
@@ -500,9 +543,13 @@ func (s *shard) sampler(ctx context.Context, sampler *sequence.Sampler, visible 
 				}
 				continue
 			}
-			err := s.await(ctx, func() bool { return s.tracker.Covered(sample) || s.proposing != term })
+			var covered bool
+			err := s.await(ctx, func() bool { covered = s.tracker.Covered(sample); return covered || s.proposing != term })
 			if err != nil {
 				return nil
+			}
+			if !covered {
+				continue // the term was lost first: a next one of our own has to cover it
 			}
 		}
 		s.cover(upTo)
@@ -569,6 +616,17 @@ func (o *ownCommits) matches(h entry.Header) bool {
 	}
 	c := o.at(i)
 	return c.header.EndLSN == h.EndLSN && c.header.Same(h)
+}
+
+// allIn reports whether every commit that ends above lsn is among ends, which are
+// ascending.
+func (o *ownCommits) allIn(lsn entry.LSN, ends []entry.LSN) bool {
+	for i := o.search(lsn + 1); i < len(o.ring); i++ {
+		if _, found := slices.BinarySearch(ends, o.at(i).header.EndLSN); !found {
+			return false
+		}
+	}
+	return true
 }
 
 // slotAt returns the slot of the last own commit that ends at or below lsn.

@@ -12,17 +12,17 @@ import (
 // for the first time.
 type Opening struct {
 	Counter, Replica int64  // the ballot of the term; 0, 0 if there was none
-	Horizon          uint64 // the next transaction id at that moment, with its epoch
+	Horizon          uint64 // a transaction id that was new at that moment, with its epoch: what began before has a lower one
 }
 
-// WriteOpening records the next transaction id as the horizon of a term and
+// WriteOpening records its own transaction id as the horizon of a term and
 // returns when that is flushed.
 func WriteOpening(ctx context.Context, conn *pgx.Conn, shard string, counter, replica int64) (Opening, error) {
 	o := Opening{Counter: counter, Replica: replica}
 	var horizon int64
 	err := bookkeeping(ctx, conn, func(tx pgx.Tx) error {
 		return tx.QueryRow(ctx, `INSERT INTO quorate.opening AS o (shard, counter, replica, horizon)
-			VALUES ($1, $2, $3, pg_snapshot_xmax(pg_current_snapshot())::text::bigint)
+			VALUES ($1, $2, $3, pg_current_xact_id()::text::bigint)
 			ON CONFLICT (shard) DO UPDATE SET counter = excluded.counter, replica = excluded.replica, horizon = excluded.horizon
 			RETURNING horizon`, shard, counter, replica).Scan(&horizon)
 	})
