@@ -62,7 +62,7 @@ func (id *identity) save(dir string) error {
 	path := filepath.Join(dir, identityFile)
 	f, err := os.OpenFile(path+".new", os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
 	if err != nil {
-		return fmt.Errorf("write identity: %w", err)
+		return fmt.Errorf("write identity: %w: data_dir must be writable by this user, and have room", err)
 	}
 	_, err = f.Write(append(b, '\n'))
 	err = errors.Join(err, f.Sync(), f.Close())
@@ -73,7 +73,7 @@ func (id *identity) save(dir string) error {
 		err = syncDir(dir)
 	}
 	if err != nil {
-		return fmt.Errorf("write identity %s: %w", path, err)
+		return fmt.Errorf("write identity %s: %w: data_dir must be writable by this user, and have room", path, err)
 	}
 	return nil
 }
