@@ -151,7 +151,7 @@ func StartServer(cfg ServerConfig) (*Server, error) {
 		}
 		l, err := net.Listen("tcp", addr)
 		if err != nil {
-			return nil, fmt.Errorf("NATS server: %w", err)
+			return nil, fmt.Errorf("NATS server: %w: if another process has the address, stop it, or give the server another (listen.nats, listen.nats_cluster)", err)
 		}
 		if err := l.Close(); err != nil {
 			return nil, fmt.Errorf("NATS server: %w", err)
