@@ -21,6 +21,7 @@ const (
 	promoteWithin = 10 * time.Second
 	drainWithin   = 5 * time.Second
 	closeWait     = 100 * time.Millisecond
+	proveWithin   = 5 * time.Second
 	handOverWait  = time.Second // transactions under way may end by themselves in a planned transfer
 )
 
@@ -117,43 +118,59 @@ func (se *session) makeSynchronous(ctx context.Context) error {
 	if err := catalog.EnsureSynchronous(ctx, se.ctl, se.cfg.Postgres.ApplicationName); err != nil {
 		return err
 	}
-	probe := se.proof
-	defer probe.Close(context.WithoutCancel(ctx))
-	if _, err := probe.Exec(ctx, "SET synchronous_commit = on"); err != nil {
+	defer se.proof.Close(context.WithoutCancel(ctx))
+	if _, err := se.proof.Exec(ctx, "SET synchronous_commit = on"); err != nil {
 		return err
 	}
-	pid := probe.PgConn().PID()
 	se.set(func() { se.held = true })
-	released := make(chan error, 1)
-	go func() {
-		_, err := probe.Exec(ctx, "SELECT pg_logical_emit_message(true, $1, 'proof')", entry.LocalPrefix)
-		released <- err
-	}()
-	blocked := make(chan error, 1)
-	go func() { blocked <- catalog.WaitBlocked(ctx, se.ctl, pid) }()
 	var err error
-	select {
-	case err = <-released:
-		if err == nil {
-			err = errors.New("a test commit returned although nothing was confirmed: another standby confirms in our place, or synchronous_standby_names does not name us")
+	// The setting is in force only when the checkpointer has read it too, which no
+	// other session can see: until then commits do not wait.
+	for begun := time.Now(); ; {
+		var waited bool
+		if waited, err = se.proveOnce(ctx); err != nil || waited {
+			break
 		}
-		cancel()
-		<-blocked
-		return fmt.Errorf("prove that COMMIT waits: %w", err)
-	case err = <-blocked:
+		if time.Since(begun) > proveWithin {
+			err = errors.New("a test commit returned although nothing was confirmed: another standby confirms in our place, or synchronous_standby_names does not name us")
+			break
+		}
 	}
-	// Having waited is all that was to be proved; what it wrote is bookkeeping, and
-	// to be released it may need a leader.
-	if err == nil {
-		_, err = se.ctl.Exec(ctx, "SELECT pg_terminate_backend($1::int)", pid)
-	}
-	cancel()
-	<-released
 	se.set(func() { se.held, se.synchronous = false, err == nil })
 	if err != nil {
 		return fmt.Errorf("prove that COMMIT waits: %w", err)
 	}
 	return nil
+}
+
+// proveOnce commits a bookkeeping message and reports whether that was seen to
+// wait. It is then ended: having waited is all that was to be proved, and to be
+// released it may need a leader.
+func (se *session) proveOnce(ctx context.Context) (waited bool, err error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	pid := se.proof.PgConn().PID()
+	released := make(chan error, 1)
+	go func() {
+		_, err := se.proof.Exec(ctx, "SELECT pg_logical_emit_message(true, $1, 'proof')", entry.LocalPrefix)
+		released <- err
+	}()
+	for {
+		select {
+		case err := <-released:
+			return false, err
+		case <-time.After(2 * time.Millisecond):
+		}
+		blocked, err := catalog.Blocked(ctx, se.ctl, pid)
+		if err == nil && blocked {
+			_, err = se.ctl.Exec(ctx, "SELECT pg_terminate_backend($1::int)", pid)
+		}
+		if err != nil || blocked {
+			cancel()
+			<-released
+			return blocked, err
+		}
+	}
 }
 
 // shutOut keeps clients out of the database and ends those that are in it.

@@ -67,22 +67,14 @@ func SetReadOnlyDefault(ctx context.Context, conn *pgx.Conn, on bool) error {
 	return resetSystem(ctx, conn, "default_transaction_read_only")
 }
 
-// WaitBlocked returns nil when the session pid is seen to wait for synchronous
-// replication.
-func WaitBlocked(ctx context.Context, conn *pgx.Conn, pid uint32) error {
-	for {
-		var blocked bool
-		err := conn.QueryRow(ctx, "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE pid = $1 AND wait_event = 'SyncRep')", int64(pid)).Scan(&blocked)
-		if err != nil {
-			return fmt.Errorf("see whether session %d waits for synchronous replication: %w", pid, err)
-		}
-		if blocked {
-			return nil
-		}
-		if err := sleep(ctx, 2*time.Millisecond); err != nil {
-			return fmt.Errorf("session %d does not wait for synchronous replication: %w", pid, err)
-		}
+// Blocked reports whether the session pid waits for synchronous replication.
+func Blocked(ctx context.Context, conn *pgx.Conn, pid uint32) (bool, error) {
+	var blocked bool
+	err := conn.QueryRow(ctx, "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE pid = $1 AND wait_event = 'SyncRep')", int64(pid)).Scan(&blocked)
+	if err != nil {
+		return false, fmt.Errorf("see whether session %d waits for synchronous replication: %w", pid, err)
 	}
+	return blocked, nil
 }
 
 // reload makes the server read its configuration, and returns when this

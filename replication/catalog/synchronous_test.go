@@ -6,6 +6,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5"
+
 	"quorate/deploy/sandbox/postgres/postgrestest"
 	"quorate/replication/catalog"
 )
@@ -32,12 +34,12 @@ func TestSynchronous(t *testing.T) {
 		_, err := writer.Exec(context.Background(), "INSERT INTO t VALUES (1)")
 		done <- err
 	}()
-	if err := catalog.WaitBlocked(ctx(t), own, writer.PgConn().PID()); err != nil {
+	if err := waitBlocked(ctx(t), own, writer.PgConn().PID()); err != nil {
 		t.Fatal(err)
 	}
 	short, cancel := context.WithTimeout(context.Background(), 30*time.Millisecond)
 	defer cancel()
-	if err := catalog.WaitBlocked(short, own, reader.PgConn().PID()); !errors.Is(err, context.DeadlineExceeded) {
+	if err := waitBlocked(short, own, reader.PgConn().PID()); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("a session that does not wait: %v", err)
 	}
 	own = sidecar(t, s)
@@ -100,6 +102,20 @@ func TestReadOnlyDefault(t *testing.T) {
 			if time.Now().After(deadline) {
 				t.Fatalf("read only is %s, want %s", got, want)
 			}
+		}
+	}
+}
+
+// waitBlocked returns nil when the session pid is seen to wait, or ctx's error.
+func waitBlocked(ctx context.Context, conn *pgx.Conn, pid uint32) error {
+	for {
+		if blocked, err := catalog.Blocked(ctx, conn, pid); err != nil || blocked {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(2 * time.Millisecond):
 		}
 	}
 }

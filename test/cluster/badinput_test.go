@@ -233,18 +233,25 @@ func (s *site) awaitWritable() {
 // writes are taken; then both stand in the log too.
 func (s *site) awaitComplaint(words ...string) {
 	s.t.Helper()
-	all := func(text string) bool {
-		for _, word := range words {
-			if !strings.Contains(text, word) {
-				return false
-			}
+	s.await(fmt.Sprintf("its health says %q", words), func(st standing) bool { return !st.Writable && holds(st.Health, words) })
+	s.awaitLogged(words...)
+}
+
+func holds(text string, words []string) bool {
+	for _, word := range words {
+		if !strings.Contains(text, word) {
+			return false
 		}
-		return true
 	}
-	s.await(fmt.Sprintf("its health says %q", words), func(st standing) bool { return !st.Writable && all(st.Health) })
+	return true
+}
+
+// awaitLogged waits until a line of the last start's log holds all of words.
+func (s *site) awaitLogged(words ...string) {
+	s.t.Helper()
 	Eventually(s.t, 10*time.Second, fmt.Sprintf("the log of %s says %q", s.name, words), func(context.Context) error {
 		for line := range strings.Lines(s.said()) {
-			if all(line) {
+			if holds(line, words) {
 				return nil
 			}
 		}
@@ -488,6 +495,57 @@ func TestPortInUse(t *testing.T) {
 	}
 }
 
+// The feed's port is not worth the region: commits go on, and the feed comes
+// when its port is free.
+func TestFeedPortInUse(t *testing.T) {
+	s := newSite(t, "demo", "r1", newServer(t, nil))
+	address := freeAddress(t)
+	s.config["listen"].(map[string]any)["nats"] = address
+	s.config["feed"] = map[string]any{"enabled": true}
+	other, err := net.Listen("tcp", address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.start()
+	s.awaitWritable()
+	s.awaitLogged("change feed stopped", address, "address already in use", "stop it, or give the server another (listen.nats")
+	s.run("CREATE TABLE t (id int PRIMARY KEY)", "INSERT INTO t VALUES (1)")
+	if err := other.Close(); err != nil {
+		t.Fatal(err)
+	}
+	Eventually(t, time.Minute, "the feed's server", func(context.Context) error {
+		conn, err := net.DialTimeout("tcp", address, time.Second)
+		if err == nil {
+			conn.Close()
+		}
+		return err
+	})
+	s.run("INSERT INTO t VALUES (2)")
+	s.rows(1, 2)
+}
+
+// A data_dir that cannot be written: no identity is kept, so no part is taken.
+func TestReadOnlyDataDir(t *testing.T) {
+	needMounts(t)
+	s := newSite(t, "demo", "r1", newServer(t, nil))
+	s.run("CREATE TABLE t (id int PRIMARY KEY)", "INSERT INTO t VALUES (1)")
+	if err := os.Mkdir(s.dataDir(), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	mount(t, "tmpfs", s.dataDir(), "tmpfs", unix.MS_RDONLY, "")
+	t.Cleanup(func() {
+		s.kill()
+		unmount(t, s.dataDir())
+	})
+	s.start()
+	s.awaitEnd("write identity", s.dataDir(), "read-only file system", "data_dir must be writable")
+	mount(t, "tmpfs", s.dataDir(), "tmpfs", unix.MS_REMOUNT, "")
+	s.start()
+	s.awaitWritable()
+	s.run("INSERT INTO t VALUES (2)")
+	s.rows(1, 2)
+}
+
 // A sidecar of another cluster stands where a peer is expected: at the making
 // of the cluster, and later.
 func TestAnotherClustersSidecarAtAPeersAddress(t *testing.T) {
@@ -668,14 +726,15 @@ func TestDamagedLog(t *testing.T) {
 		s.run("INSERT INTO t VALUES (5)")
 		s.rows(1, 2, 3, 4, 5)
 	})
-	t.Run("read-only", func(t *testing.T) {
-		needMounts(t)
+	t.Run("not mounted", func(t *testing.T) {
 		s.kill()
-		mount(t, s.logDir(), s.logDir(), "", unix.MS_BIND, "")
-		mount(t, s.logDir(), s.logDir(), "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY, "")
+		away := s.logDir() + ".away"
+		if err := os.Rename(s.logDir(), away); err != nil {
+			t.Fatal(err)
+		}
 		s.start()
-		s.awaitEnd("slot log in "+s.logDir()+" cannot be written", "mount it read-write", "read-only file system")
-		if err := unix.Unmount(s.logDir(), 0); err != nil {
+		s.awaitEnd("the log in log.dir "+s.logDir()+" is lost", "must not vote again", "Bring the log back, or move data_dir "+s.dataDir()+" away")
+		if err := errors.Join(os.RemoveAll(s.logDir()), os.Rename(away, s.logDir())); err != nil {
 			t.Fatal(err)
 		}
 		s.start()
@@ -683,12 +742,39 @@ func TestDamagedLog(t *testing.T) {
 		s.run("INSERT INTO t VALUES (6)")
 		s.rows(1, 2, 3, 4, 5, 6)
 	})
+	t.Run("read-only", func(t *testing.T) {
+		needMounts(t)
+		s.kill()
+		mount(t, s.logDir(), s.logDir(), "", unix.MS_BIND, "")
+		mounted := true
+		t.Cleanup(func() {
+			if mounted {
+				unmount(t, s.logDir())
+			}
+		})
+		mount(t, s.logDir(), s.logDir(), "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY, "")
+		s.start()
+		s.awaitEnd("slot log in "+s.logDir()+" cannot be written", "mount it read-write", "read-only file system")
+		unmount(t, s.logDir())
+		mounted = false
+		s.start()
+		s.awaitWritable()
+		s.run("INSERT INTO t VALUES (7)")
+		s.rows(1, 2, 3, 4, 5, 6, 7)
+	})
 }
 
 func needMounts(t testing.TB) {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("mounting a disk that is full or read-only needs root")
+	}
+}
+
+func unmount(t testing.TB, target string) {
+	t.Helper()
+	if err := unix.Unmount(target, 0); err != nil {
+		t.Errorf("unmount %s: %v", target, err)
 	}
 }
 
@@ -717,9 +803,7 @@ func TestFullDiskAndLostLogOfOneRegion(t *testing.T) {
 	mount(t, "tmpfs", r1.logDir(), "tmpfs", 0, "size=3m")
 	t.Cleanup(func() {
 		r1.kill()
-		if err := unix.Unmount(r1.logDir(), 0); err != nil {
-			t.Error(err)
-		}
+		unmount(t, r1.logDir())
 	})
 	for _, s := range sites {
 		s.start()

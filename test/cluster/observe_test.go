@@ -30,7 +30,7 @@ func TestTraceAndFeed(t *testing.T) {
 		query := c.Status(ctx).JaegerURL
 		var trace jaegerTrace
 		// Spans leave in batches, each region's by itself.
-		c.Eventually(30*time.Second, "a whole trace", func(ctx context.Context) (err error) {
+		Eventually(t, 30*time.Second, "a whole trace", func(ctx context.Context) (err error) {
 			trace, err = fetchTrace(ctx, query, traceID)
 			if err == nil && (len(trace.regions("apply")) < 2 || len(trace.regions("accept")) < 3 || len(trace.regions("commit")) < 1) {
 				err = fmt.Errorf("there are %d spans", len(trace.Spans))
@@ -101,8 +101,11 @@ func TestTraceAndFeed(t *testing.T) {
 		}
 		var got []string
 		var slots []uint64
-		c.Eventually(60*time.Second, "181 changes in the stream", func(ctx context.Context) error {
+		Eventually(t, 60*time.Second, "181 changes in the stream", func(ctx context.Context) error {
 			got, slots = nil, nil
+			// A request made while JetStream elects its leader is never answered.
+			ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+			defer cancel()
 			stream, err := js.Stream(ctx, "quorate_demo_main")
 			if err != nil {
 				return err

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -15,7 +17,6 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"quorate/deploy/sandbox"
-	"quorate/sidecar/admin/adminpb"
 )
 
 // TestRules plays the scenarios that the rules of the design were drawn from on
@@ -269,6 +270,9 @@ func confirmPastDivergent(t *testing.T, c *Cluster) {
 	}
 	c.Do("heal", func(ctx context.Context) error { return c.Heal(ctx) })
 	c.Eventually(time.Minute, leader+" recovered", func(context.Context) error {
+		if n := told.Load(); n != 0 {
+			t.Fatalf("%d clients were told success of a transaction that was not chosen", n)
+		}
 		if r := c.Region(leader); r.State != "following" || !r.Healthy {
 			return fmt.Errorf("it is %s: %s", r.State, r.Health)
 		}
@@ -501,48 +505,22 @@ func fenceAfterCrash(t *testing.T, c *Cluster) {
 	}
 }
 
-// A region is wiped and comes back with a new server, whose WAL positions lie
-// below those of its old commits in the log. When it leads, its new commits must
-// not be taken for old ones delivered again, which would confirm and drop them.
+// A region comes back with a new server, whose WAL positions lie below those of
+// its old commits in the log. When it leads, its new commits must not be taken
+// for old ones delivered again, which would confirm and drop them; and the old
+// ones are not in its new database by being its own.
 func lsnReuseAfterWipe(t *testing.T, c *Cluster) {
 	region := c.Leader()
-	c.Exec(region, "CREATE TABLE reused (id int PRIMARY KEY, part text)", "CREATE TABLE filler (id int PRIMARY KEY)")
-	for i := range 6 { // 16 MiB each: far above all that seeding will write
-		c.Exec(region, fmt.Sprintf("INSERT INTO filler VALUES (%d)", i), "SELECT pg_switch_wal()")
-	}
-	for i := range 40 {
-		c.Exec(region, fmt.Sprintf("INSERT INTO reused VALUES (%d, 'old')", i))
-	}
-	lowest := func() (lsn uint64) {
-		for _, e := range c.slots(c.Leader(), 0) {
-			if e.Region == region && e.Verdict == "effective" && slices.ContainsFunc(e.Tables, func(t *adminpb.TableRows) bool { return t.Table == "public.reused" }) {
-				return e.EndLsn
-			}
+	c.Exec(region, "CREATE TABLE reused (id int PRIMARY KEY, part text)", "CREATE TABLE filler (id serial PRIMARY KEY)")
+	want := 0
+	insert := func(n int) {
+		t.Helper()
+		for range n {
+			c.Exec(region, fmt.Sprintf("INSERT INTO reused VALUES (%d, 'x')", want))
+			want++
 		}
-		t.Fatal("the log holds none of the region's commits")
-		return 0
-	}()
-	c.AwaitEqual()
-	before := c.replica(region)
-	c.Do("wipe", func(ctx context.Context) error { return c.Wipe(ctx, region) })
-	c.Leader(c.without(region)...)
-	c.StartAgain(region)
-	c.AwaitEqual()
-	c.Eventually(time.Minute, region+" votes", func(context.Context) error {
-		if now := c.replica(region); now.ReplicaId == before.ReplicaId || now.Role != "follower" {
-			return fmt.Errorf("replica %d, %s", now.ReplicaId, now.Role)
-		}
-		return nil
-	})
-	c.handOver(region)
-	for i := 100; i < 140; i++ {
-		c.Exec(region, fmt.Sprintf("INSERT INTO reused VALUES (%d, 'new')", i))
 	}
-	at := query[int64](c, region, "SELECT (pg_current_wal_lsn() - '0/0')::bigint")
-	if uint64(at) >= lowest {
-		t.Fatalf("the new server's WAL is at %x, not below the old commits at %x: the test would show nothing", at, lowest)
-	}
-	check := func(when string, want int) {
+	check := func(when string) {
 		t.Helper()
 		c.AwaitEqual()
 		for _, r := range c.Names {
@@ -551,15 +529,47 @@ func lsnReuseAfterWipe(t *testing.T, c *Cluster) {
 			}
 		}
 	}
-	check("new server leads", 80)
-	// What is delivered again after a crash is the new server's, and is known.
-	c.KillNow(region, sandbox.Both)
-	c.StartAgain(region)
-	check("killed and started", 80)
-	c.handOver(region)
-	c.Exec(region, "INSERT INTO reused VALUES (200, 'newest')")
-	check("leads again", 81)
-	t.Logf("%s: old commits from LSN %X on, new ones below %X; replica %d became %d; all 81 rows in every region", region, lowest, at, before.ReplicaId, c.replica(region).ReplicaId)
+	for _, lost := range []string{"server", "server and sidecar"} {
+		for range 5 { // 16 MiB each: far above all that seeding will write
+			c.Exec(region, "INSERT INTO filler DEFAULT VALUES", "SELECT pg_switch_wal()")
+		}
+		old := query[int64](c, region, "SELECT (pg_current_wal_lsn() - '0/0')::bigint")
+		insert(40)
+		c.AwaitEqual()
+		before := c.replica(region)
+		if lost == "server" {
+			// The log stays, with all the old commits in it.
+			c.KillNow(region, sandbox.Both)
+			for _, path := range []string{c.Region(region).DataDirs["postgres"], filepath.Join(c.Dir, region, "database-created")} {
+				if err := os.RemoveAll(path); err != nil {
+					t.Fatal(err)
+				}
+			}
+		} else {
+			c.Do("wipe", func(ctx context.Context) error { return c.Wipe(ctx, region) })
+		}
+		c.Leader(c.without(region)...)
+		c.StartAgain(region)
+		check("lost " + lost)
+		if now := c.replica(region); now.Incarnation == before.Incarnation || (now.ReplicaId == before.ReplicaId) != (lost == "server") {
+			t.Errorf("lost %s: incarnation %x of replica %d became %x of %d", lost, before.Incarnation, before.ReplicaId, now.Incarnation, now.ReplicaId)
+		}
+		c.handOver(region)
+		insert(40)
+		at := query[int64](c, region, "SELECT (pg_current_wal_lsn() - '0/0')::bigint")
+		if at >= old {
+			t.Fatalf("the new server's WAL is at %x, not below the old commits at %x: the test would show nothing", at, old)
+		}
+		check("the new server leads")
+		// What is delivered again after a crash is the new server's, and is known.
+		c.KillNow(region, sandbox.Both)
+		c.StartAgain(region)
+		check("killed and started")
+		c.handOver(region)
+		insert(1)
+		check("leads again")
+		t.Logf("%s lost its %s: old commits above LSN %X, new ones below %X; all %d rows in every region", region, lost, old, at, want)
+	}
 }
 
 // TestRulesOfFive plays those that need a quorum beside two regions.
