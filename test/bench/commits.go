@@ -13,7 +13,8 @@ import (
 type contender interface {
 	name() string
 	dsn() string
-	settle(context.Context) error
+	settle(context.Context) error // all replicas have applied everything
+	cpu(context.Context) cpu
 }
 
 // replicas is how many regions, and servers of the peer, there are.
@@ -58,7 +59,7 @@ func (b *bench) commits(ctx context.Context, wan string) error {
 			return err
 		}
 	}
-	if err := b.idle(ctx, place, ours, peer); err != nil {
+	if err := b.idle(ctx, place, both); err != nil {
 		return err
 	}
 	if wan == sandbox.WANGlobal {
@@ -96,12 +97,18 @@ func (b *bench) turns(ctx context.Context, both []contender, workload string, cl
 					return nil, err
 				}
 			}
+			before := c.cpu(ctx)
 			r, err := b.pgbench(ctx, c.dsn(), workload, clients, seconds)
 			if err != nil {
 				return nil, fmt.Errorf("%s: %w", c.name(), err)
 			}
-			b.progress("  %s, %d clients, %s: %.0f/s, p50 %.2f ms, p99 %.2f ms", workload, clients, c.name(), r.perSecond,
-				millis(percentile(r.latencies, 0.5)), millis(percentile(r.latencies, 0.99)))
+			// The work is not over before the replicas have it.
+			if err := c.settle(ctx); err != nil {
+				return nil, err
+			}
+			r.cpu = c.cpu(ctx).perCommit(before, len(r.latencies))
+			b.progress("  %s, %d clients, %s: %.0f/s, p50 %.2f ms, p99 %.2f ms, CPU a commit %s", workload, clients, c.name(), r.perSecond,
+				millis(percentile(r.latencies, 0.5)), millis(percentile(r.latencies, 0.99)), r.cpu)
 			runs[i] = append(runs[i], r)
 		}
 	}
@@ -155,6 +162,11 @@ func (b *bench) throughput(ctx context.Context, place string, both []contender, 
 	target := ">=0.95"
 	if place == "local" {
 		target = ">=0.7"
+	}
+	for i, c := range both {
+		all := latencies(runs[i])
+		b.report.note("%s, %s, %d clients, %s: p50 %.2f ms, p99 %.2f ms; CPU a commit in the last turn %s", place, workload, clients, c.name(),
+			millis(percentile(all, 0.5)), millis(percentile(all, 0.99)), runs[i][len(runs[i])-1].cpu)
 	}
 	b.report.add(figure{name: fmt.Sprintf("throughput_%s_%s_%d", workload, place, clients), quorate: median(rates(runs[0])), peer: median(rates(runs[1])), target: target, unit: "tps", peerIs: quorumCommitIs})
 	return nil

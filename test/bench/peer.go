@@ -163,7 +163,7 @@ func (q *quorumCommit) awaitQuorum(ctx context.Context, want int) error {
 	})
 }
 
-func (q *quorumCommit) name() string { return "ANY quorum of physical standbys" }
+func (q *quorumCommit) name() string { return "PostgreSQL" }
 func (q *quorumCommit) dsn() string  { return q.primary.DSN(benchDatabase) }
 
 // settle returns when every standby has replayed all there is.

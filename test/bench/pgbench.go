@@ -31,6 +31,7 @@ const (
 type pgbenchRun struct {
 	perSecond float64 // transactions, connecting left out
 	latencies []time.Duration
+	cpu       string // by commit, of the contender's processes
 }
 
 var (
