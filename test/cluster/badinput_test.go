@@ -389,6 +389,7 @@ func TestBadSettings(t *testing.T) {
 // each time what to mend, and takes part as soon as that is done, with the rows
 // that were there before.
 func TestBadServer(t *testing.T) {
+	t.Parallel() // it mostly waits
 	server := newServer(t, map[string]string{"wal_level": "replica"})
 	admin, app := server.DSN("postgres"), server.DSN("app")
 	runOn(t, app, "CREATE TABLE t (id int PRIMARY KEY)", "INSERT INTO t VALUES (1), (2)", "CREATE ROLE sidecar LOGIN REPLICATION",
@@ -474,6 +475,27 @@ func TestBadServer(t *testing.T) {
 	s.rows(1, 2, 3, 4, 5)
 }
 
+// A second database comes into use on the leader's server: the region gives
+// leadership to one whose server is fit, and comes back when it is gone.
+func TestSecondDatabaseOnTheLeadersServer(t *testing.T) {
+	t.Parallel() // it mostly waits
+	r1, r2 := newSite(t, "demo", "r1", newServer(t, nil)), newSite(t, "demo", "r2", newServer(t, nil))
+	together(r1, r2)
+	r1.config["preferred_leader"], r2.config["preferred_leader"] = "r1", "r1"
+	r2.start()
+	r1.start()
+	r1.awaitWritable()
+	r1.run("CREATE TABLE t (id int PRIMARY KEY)", "INSERT INTO t VALUES (1)")
+	runOn(t, r1.server.DSN("postgres"), "CREATE DATABASE shop")
+	runOn(t, r1.server.DSN("shop"), "CREATE TABLE orders (id int)")
+	r1.awaitComplaint("database shop on this server holds tables", "move it to another server")
+	r2.awaitWritable()
+	r2.run("INSERT INTO t VALUES (2)")
+	runOn(t, r1.server.DSN("postgres"), "DROP DATABASE shop")
+	awaitSame(t, r1, r2)
+	r1.rows(1, 2)
+}
+
 func TestPortInUse(t *testing.T) {
 	for _, setting := range []string{"peer", "admin"} {
 		t.Run(setting, func(t *testing.T) {
@@ -498,6 +520,7 @@ func TestPortInUse(t *testing.T) {
 // The feed's port is not worth the region: commits go on, and the feed comes
 // when its port is free.
 func TestFeedPortInUse(t *testing.T) {
+	t.Parallel() // it mostly waits
 	s := newSite(t, "demo", "r1", newServer(t, nil))
 	address := freeAddress(t)
 	s.config["listen"].(map[string]any)["nats"] = address
@@ -526,6 +549,7 @@ func TestFeedPortInUse(t *testing.T) {
 
 // A data_dir that cannot be written: no identity is kept, so no part is taken.
 func TestReadOnlyDataDir(t *testing.T) {
+	t.Parallel() // it mostly waits
 	needMounts(t)
 	s := newSite(t, "demo", "r1", newServer(t, nil))
 	s.run("CREATE TABLE t (id int PRIMARY KEY)", "INSERT INTO t VALUES (1)")
@@ -674,6 +698,7 @@ func writeFile(t testing.TB, path string, content []byte) {
 }
 
 func TestDamagedLog(t *testing.T) {
+	t.Parallel() // it mostly waits
 	s := newSite(t, "demo", "r1", newServer(t, nil))
 	s.start()
 	s.awaitWritable()
