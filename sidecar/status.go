@@ -181,8 +181,11 @@ func (s *shard) regionStatus() admin.RegionStatus {
 			r.Leader = m.Region
 		}
 	}
-	if r.Role == admin.RoleLeader && r.LeaseLeft == 0 {
+	switch {
+	case r.Role == admin.RoleLeader && r.LeaseLeft == 0:
 		r.Healthy, r.Health = false, "no quorum of regions answers: writes wait"
+	case r.Role == admin.RoleCandidate || r.Leader == "":
+		r.Healthy, r.Health = false, "no leader is heard of: there is none, or this region is cut off"
 	}
 	if s.divergent != "" {
 		r.Healthy, r.Health = false, s.divergent
@@ -261,7 +264,11 @@ func (s *shard) transfer(ctx context.Context, to string) (time.Duration, error) 
 		return 0, errors.New("this region's PostgreSQL is not connected")
 	}
 	if r := s.others.ask(ctx, to, s.clusterID); !r.Reachable || !r.Healthy || r.State != admin.StateFollowing {
-		return 0, &admin.CannotLeadError{Region: to, Reason: fmt.Sprintf("state %s: %s", r.State, r.Health)}
+		reason := r.Health
+		if r.Reachable {
+			reason = fmt.Sprintf("it is %s: %s", r.State, r.Health)
+		}
+		return 0, &admin.CannotLeadError{Region: to, Reason: reason}
 	}
 	var pause time.Duration
 	req := request{done: make(chan error, 1), do: func(ctx context.Context) (err error) {

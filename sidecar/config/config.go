@@ -22,8 +22,9 @@ type Config struct {
 	// Regions lists the regions of the cluster, this one included, at addresses
 	// as seen from here.
 	Regions []Region `yaml:"regions"`
-	// PreferredLeader names the region that should lead when it can; empty
-	// leaves leadership where it is.
+	// PreferredLeader names the region that the others let go first at an
+	// election; empty prefers none. Leadership that another region has is not
+	// taken back from it.
 	PreferredLeader string `yaml:"preferred_leader"`
 
 	Consensus      Consensus      `yaml:"consensus"`
@@ -49,9 +50,10 @@ type Postgres struct {
 	// what synchronous_standby_names will list. It begins with quorate, by which
 	// the sidecar tells its own sessions from clients'.
 	ApplicationName string `yaml:"application_name"`
-	// DefaultReadOnly has default_transaction_read_only set on the database
-	// while this region leads no shard, so that drivers asked for a read-write
-	// session pass it by.
+	// DefaultReadOnly has default_transaction_read_only set on the server while
+	// this region leads no shard, so that drivers asked for a read-write session
+	// pass it by. A write is then refused by PostgreSQL itself, without the hint
+	// that names the leader.
 	DefaultReadOnly bool `yaml:"default_read_only"`
 }
 
