@@ -115,7 +115,7 @@ func (t *Transport) checkHello(h *paxospb.Hello) error {
 	case h == nil:
 		return fmt.Errorf("the stream did not begin with a hello: the caller is no sidecar of this version")
 	case h.GetClusterId() != t.cfg.ClusterID:
-		return fmt.Errorf("replica %d of cluster %q called, but this is replica %d of cluster %q: mend the caller's address for it, or give both the same cluster id",
+		return fmt.Errorf("replica %d of cluster %q called, but this is replica %d of cluster %q: mend the caller's address for it",
 			h.GetSender(), h.GetClusterId(), self, t.cfg.ClusterID)
 	case h.GetVersion() != protocolVersion:
 		return fmt.Errorf("replica %d speaks protocol version %d and this replica %d version %d: bring both to the same release",
