@@ -576,9 +576,10 @@ func TestAnotherClustersSidecarAtAPeersAddress(t *testing.T) {
 	r1, r2 := newSite(t, "demo", "r1", newServer(t, nil)), newSite(t, "demo", "r2", newServer(t, nil))
 	together(r1, r2)
 	r1.config["preferred_leader"], r2.config["preferred_leader"] = "r1", "r1"
-	stranger := newSite(t, "other", "r2", nil)
+	stranger := newSite(t, "other", "r2", newServer(t, nil))
 	stranger.start()
-	stranger.await("answers", func(standing) bool { return true })
+	stranger.awaitWritable()
+	stranger.run("CREATE TABLE t (id int PRIMARY KEY)", "INSERT INTO t VALUES (77)")
 
 	right := r1.config["regions"]
 	r1.config["regions"] = []map[string]string{{"name": "r1", "peer": r1.peer}, {"name": "r2", "peer": stranger.peer}}
@@ -600,7 +601,9 @@ func TestAnotherClustersSidecarAtAPeersAddress(t *testing.T) {
 	stranger.peer = r2.peer
 	together(stranger)
 	stranger.start()
-	stranger.await("answers", func(standing) bool { return true })
+	stranger.awaitWritable()
+	r1.awaitLogged("peer is not connected", r2.peer, "called, but this is replica 1 of cluster", "mend the caller's address")
+	stranger.awaitLogged("refused a peer")
 	released := make(chan error, 1)
 	go func() {
 		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
@@ -623,6 +626,8 @@ func TestAnotherClustersSidecarAtAPeersAddress(t *testing.T) {
 		released <- err
 	default:
 	}
+	stranger.run("INSERT INTO t VALUES (78)")
+	stranger.rows(77, 78)
 	stranger.kill()
 	r2.start()
 	r1.awaitWritable()
