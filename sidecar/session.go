@@ -257,6 +257,26 @@ func (se *session) capture(ctx context.Context) error {
 
 func (s *shard) incarnationName() string { return instanceName(s.incarnation) }
 
+// standing reports whether err holds a problem by which commits may be
+// acknowledged that are not replicated, or lost. The others, such as walsenders
+// that are all in use for a moment, matter only when a session begins.
+func standing(err error) bool {
+	var all interface{ Unwrap() []error }
+	if !errors.As(err, &all) {
+		return false
+	}
+	for _, e := range all.Unwrap() {
+		var u *unfitError
+		if errors.As(e, &u) {
+			switch u.Name {
+			case "other_databases", "subscriptions", "fsync", "full_page_writes", "privileges", "synchronous_standby_names", "replication_slot":
+				return true
+			}
+		}
+	}
+	return false
+}
+
 func (se *session) warn(problem string) {
 	se.log.Warn("the server is set up in a way to look at", "problem", problem)
 }
@@ -326,7 +346,9 @@ func (se *session) watchdog(ctx context.Context) error {
 		case ctx.Err() != nil:
 			return nil
 		case errors.As(err, &problem):
-			return unfit(err)
+			if standing(err) {
+				return unfit(err)
+			}
 		case err != nil:
 			return err
 		}
