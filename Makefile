@@ -1,6 +1,6 @@
 # Every target runs from a clean checkout; tools are pinned in go.mod (go tool).
 .DEFAULT_GOAL := build
-.PHONY: setup build demo demo-down test lint race sim fuzz proto clean
+.PHONY: setup build demo demo-down bench test lint race sim fuzz proto clean
 
 setup:
 	@deploy/setup.sh
@@ -20,6 +20,10 @@ CLUSTER := ./test/cluster/...
 test: setup build
 	go test -timeout 10m $$(go list ./... | grep -v '/test/cluster')
 	go test -timeout 20m -p 1 $(CLUSTER)
+
+# What the README and docs/benchmarks.md claim, beside PostgreSQL's own; SHORT=1: in four minutes.
+bench: setup build
+	go run ./test/bench
 
 lint:
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); test -z "$$unformatted" || { echo "gofmt -w $$unformatted" >&2; exit 1; }

@@ -129,7 +129,7 @@ func (se *session) logRows(next *paxosgroup.Slot) ([]catalog.LogRow, error) {
 				break
 			}
 			*next = d.Slot + 1
-			e, err := readable(d, se.group, false)
+			e, err := readable(d, se.group, se.relations, false)
 			if err != nil {
 				se.log.Error("an entry is not in quorate.log, since it cannot be read", "slot", d.Slot, "err", err)
 				continue
@@ -149,7 +149,7 @@ func (se *session) logRows(next *paxosgroup.Slot) ([]catalog.LogRow, error) {
 }
 
 // readable puts an entry of the log into words.
-func readable(d paxosgroup.Delivered, log logReader, changes bool) (admin.LogEntry, error) {
+func readable(d paxosgroup.Delivered, log logReader, relations *entry.RelationCache, changes bool) (admin.LogEntry, error) {
 	e := admin.LogEntry{
 		Slot: d.Slot, Kind: d.Entry.Kind.String(), Term: d.Entry.Term, Number: d.Entry.Number, Region: d.Entry.Region,
 		Incarnation: d.Entry.Incarnation, Effective: d.Verdict == paxosgroup.Effective, Bytes: uint64(len(d.Entry.Payload)),
@@ -196,7 +196,7 @@ func readable(d paxosgroup.Delivered, log logReader, changes bool) (admin.LogEnt
 	case entry.TypeTransaction:
 		e.Kind = "transaction"
 	}
-	r := entry.NewReader(entry.NewRelationCache())
+	r := entry.NewReader(relations)
 	var totals entry.Totals
 	body := func(b []byte) error {
 		r.Feed(b)

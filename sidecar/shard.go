@@ -46,6 +46,7 @@ type shard struct {
 	clusterID uint64
 	now       func() paxosgroup.Instant // the clock by which leases are counted
 	others    *backend                  // asks the other regions
+	relations *entry.RelationCache      // of what is put into words
 
 	mu      sync.Mutex
 	changed chan struct{} // closed at the next change; nil if nobody waits
@@ -140,7 +141,7 @@ type pendingPosition struct {
 func newShard(cfg *config.Config, tracer *tracing.Tracer, m *metrics, log *slog.Logger) *shard {
 	return &shard{
 		cfg: cfg, tracer: tracer, metrics: m, log: log.With("shard", mainShard),
-		state: admin.StateStarting, spans: make(chan commitSpans, spansMax), accepted: make(chan acceptedEntry, spansMax), applying: make(chan struct{}, 1), now: runner.BootTime,
+		state: admin.StateStarting, spans: make(chan commitSpans, spansMax), accepted: make(chan acceptedEntry, spansMax), applying: make(chan struct{}, 1), relations: entry.NewRelationCache(), now: runner.BootTime,
 	}
 }
 
@@ -576,7 +577,7 @@ type ownCommit struct {
 	header entry.Header
 }
 
-const ownCommitsMax = 1 << 19
+const ownCommitsMax = 1 << 17
 
 func (o *ownCommits) add(slot paxosgroup.Slot, h entry.Header) {
 	c := ownCommit{slot: slot, header: h}

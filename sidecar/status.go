@@ -351,7 +351,7 @@ func (b *backend) ReadLog(ctx context.Context, from uint64, limit int, changes b
 			if err := ctx.Err(); err != nil {
 				return err
 			}
-			e, err := readable(d, s.group, changes)
+			e, err := readable(d, s.group, s.relations, changes)
 			if err != nil {
 				return err
 			}

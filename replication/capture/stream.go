@@ -237,12 +237,16 @@ func (s *Stream) receive(ctx context.Context, data []byte) error {
 	return fmt.Errorf("replication message of type %q", data[0])
 }
 
+// confirmPace is the least time from one confirmation to the next.
+const confirmPace = 200 * time.Microsecond
+
 // write sends confirmations: at once when there is a new one, and the last one
 // again when the server asks or time has passed.
 func (s *Stream) write(ctx context.Context) error {
 	tick := time.NewTicker(s.cfg.StatusInterval)
 	defer tick.Stop()
 	var sent uint64
+	var last time.Time
 	var status [39]byte
 	for {
 		due, ask := false, false
@@ -260,6 +264,11 @@ func (s *Stream) write(ctx context.Context) error {
 				ask = silence > s.cfg.ReceiveTimeout/2
 			}
 		}
+		// Under load confirmations come faster than is good for the server, which
+		// wakes for each: those of a short while go as one.
+		if wait := confirmPace - time.Since(last); wait > 0 && !due {
+			time.Sleep(wait)
+		}
 		due = s.reply.Swap(false) || due
 		lsn := s.confirmed.Load()
 		if lsn == sent && !due {
@@ -271,7 +280,7 @@ func (s *Stream) write(ctx context.Context) error {
 			}
 			return fmt.Errorf("send status to PostgreSQL: %w", err)
 		}
-		sent = lsn
+		sent, last = lsn, time.Now()
 	}
 }
 
