@@ -74,8 +74,9 @@ func (r *Replica) accept(b Ballot, e SlotEntry) bool {
 		return true
 	}
 	// A replica far behind would keep all the present in memory while it reads
-	// up the past; beyond this it only learns.
-	if e.Slot > r.chosen+Slot(2*r.cfg.WindowSlotsMax) || r.logBytes > 2*r.cfg.WindowBytesMax {
+	// up the past; beyond this it only learns. What it holds already, and the slot
+	// that everything waits for, it takes whatever their size.
+	if e.Slot > r.chosen+Slot(2*r.cfg.WindowSlotsMax) || e.Slot > r.chosen+1 && r.log[e.Slot] == nil && r.logBytes > 2*r.cfg.WindowBytesMax {
 		return false
 	}
 	invariant(!b.Less(r.promised), "slot %d accepted at %v below promise %v", e.Slot, b, r.promised)
@@ -100,6 +101,11 @@ func (r *Replica) acknowledge(m Message, acked []Slot) {
 
 // follow takes note of a leader at or above the promised ballot.
 func (r *Replica) follow(m Message) {
+	if r.stage == asking {
+		// The leader is there after all. It is granted a lease next, and a
+		// candidacy that went on would break it.
+		r.stepDown()
+	}
 	r.raisePromise(m.Ballot)
 	r.leader, r.leaderHeard = m.Ballot, r.now
 	r.hush(m.From)

@@ -235,6 +235,7 @@ func (r *Replica) onPreVoteReply(m Message) {
 // promise goes to disk before anybody hears of the ballot: a candidate that
 // forgot it could use the ballot twice.
 func (r *Replica) startPrepare(released Ballot) {
+	invariant(!released.IsZero() || r.leaseHonouredUntil() <= r.now, "ballot %v prepared within a lease granted to %v", r.nextBallot(), r.grantedTo)
 	r.beginCandidacy(preparing)
 	r.candidacy.released = released
 	r.lead = leadership{recovered: make(map[Slot]AcceptedEntry)}

@@ -379,6 +379,7 @@ func (r *Replica) Restart(now Instant, b Base) {
 	if r.stage != idle {
 		r.stepDown()
 	}
+	r.pending.Delivered = nil // the image holds it
 	b.Membership = b.Membership.normalized()
 	for s := range r.log {
 		if s <= b.Slot {

@@ -55,7 +55,10 @@ func (r *Replica) Leading() (Ballot, bool) {
 // NextDeadline returns when Tick has something to do. Ticking at
 // Config.TickInterval is always enough; a replica at rest needs it less often.
 func (r *Replica) NextDeadline() Instant {
-	next := min(r.electionAt, r.probeAt)
+	next := r.electionAt
+	if r.self >= 0 {
+		next = min(next, r.probeAt)
+	}
 	switch r.stage {
 	case asking, preparing:
 		next = r.candidacy.until

@@ -301,8 +301,7 @@ func (r *Runner) Run(ctx context.Context) error {
 		case <-r.wake:
 		case <-timer.C:
 		}
-		now := r.cfg.Clock()
-		if err := r.step(now); err != nil {
+		if err := r.step(); err != nil {
 			return err
 		}
 		if next, ok := r.nextDeadline(); ok {
@@ -312,13 +311,16 @@ func (r *Runner) Run(ctx context.Context) error {
 }
 
 // step does everything that is due.
-func (r *Runner) step(now paxosgroup.Instant) error {
+func (r *Runner) step() error {
 	l := &r.loop
 	r.mu.Lock()
 	inbox, done, calls, failure := r.inbox, r.flushed, r.calls, r.failure
 	r.inbox, r.flushed, r.calls = l.spare.inbox[:0], l.spare.flushed[:0], l.spare.calls[:0]
 	r.inboxBytes = 0
 	r.mu.Unlock()
+	// Not before the inbox was taken: a lease is granted from receipt, and a
+	// pause between the two would let it end before the leader thinks.
+	now := r.cfg.Clock()
 	if failure != nil {
 		for _, c := range calls {
 			c.reject(fmt.Errorf("%w: %w", ErrStopped, failure))

@@ -73,6 +73,7 @@ type Log struct {
 	err      error     // why nothing is written any more
 	closed   bool
 	groups   map[paxosgroup.GroupID]*group
+	missed   map[paxosgroup.GroupID]paxosgroup.Slot // from which on entries are not known to be the newest: the log has failed
 	segments []*segment // consecutive; Append fills the last
 	offset   int64      // where the next batch of the last segment begins
 	number   uint64     // of the next batch
@@ -139,12 +140,34 @@ func (l *Log) Append(g paxosgroup.GroupID, recs []paxosgroup.Record, durable fun
 			l.put(g, r)
 		}
 		l.stats.Appends++
+	} else {
+		l.miss(g, recs)
 	}
 	b := l.open()
 	b.callbacks = append(b.callbacks, durable)
 	b.flush = b.flush || flush
 	l.mu.Unlock()
 	l.wake()
+}
+
+// miss notes which slots were handed in after a failure: an older entry that is
+// here must not pass for what they hold now. Called with mu held.
+func (l *Log) miss(g paxosgroup.GroupID, recs []paxosgroup.Record) {
+	for _, r := range recs {
+		switch r.Kind {
+		case paxosgroup.RecordAccept, paxosgroup.RecordLearn, paxosgroup.RecordBase:
+			slot := r.Slot
+			if r.Kind == paxosgroup.RecordBase {
+				slot = 0
+			}
+			if at, ok := l.missed[g]; !ok || slot < at {
+				if l.missed == nil {
+					l.missed = make(map[paxosgroup.GroupID]paxosgroup.Slot)
+				}
+				l.missed[g] = slot
+			}
+		}
+	}
 }
 
 func (l *Log) wake() {

@@ -73,6 +73,9 @@ func (l *Log) entry(g paxosgroup.GroupID, slot paxosgroup.Slot) (paxosgroup.Entr
 func (l *Log) find(g paxosgroup.GroupID, slot paxosgroup.Slot) ([]byte, location, *os.File, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if at, ok := l.missed[g]; ok && slot >= at {
+		return nil, location{}, nil, l.err
+	}
 	gr := l.groups[g]
 	if gr == nil {
 		return nil, location{}, nil, nil
