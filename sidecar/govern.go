@@ -56,6 +56,9 @@ func (se *session) govern(ctx context.Context) error {
 	}
 	electable := false
 	for {
+		if se.ctl.IsClosed() { // a step that was given up took it along
+			return errors.New("the control connection to PostgreSQL is closed")
+		}
 		statusChanged := se.group.StatusChanged()
 		status := se.group.Status()
 		se.mu.Lock()
@@ -71,7 +74,7 @@ func (se *session) govern(ctx context.Context) error {
 		switch {
 		case condemned != "":
 			return se.quarantine(ctx)
-		case leads && proposing:
+		case leads && proposing && open:
 			// Leading: nothing to do until that changes.
 		case leads && lineage:
 			err = se.renew(ctx, status.Ballot)
@@ -107,7 +110,7 @@ func (se *session) govern(ctx context.Context) error {
 func (se *session) ready() bool {
 	se.mu.Lock()
 	defer se.mu.Unlock()
-	return se.divergent == "" && se.synchronous && (se.settled || se.lineage())
+	return se.divergent == "" && !se.conflict && se.synchronous && (se.settled || se.lineage())
 }
 
 // makeSynchronous has every COMMIT wait for this sidecar and proves it by one
@@ -323,8 +326,15 @@ func (se *session) renew(ctx context.Context, ballot paxosgroup.Ballot) error {
 	if err := se.letIn(stepCtx); err != nil {
 		return err
 	}
-	if err := se.openFence(stepCtx, ballot); err != nil {
-		return err
+	se.mu.Lock()
+	open := se.open
+	se.mu.Unlock()
+	// A fence that is open stays as it is: to move it takes a lock that clients
+	// hold who wait in COMMIT for just this term.
+	if !open {
+		if err := se.openFence(stepCtx, ballot); err != nil {
+			return err
+		}
 	}
 	se.mu.Lock()
 	defer se.mu.Unlock()
@@ -409,8 +419,26 @@ func (se *session) openForWrites(ctx context.Context, ballot paxosgroup.Ballot) 
 	if err := se.await(ctx, func() bool { return se.applied >= opened }); err != nil {
 		return fmt.Errorf("apply everything below slot %d: %w", opened, err)
 	}
-	if err := sequence.AdvancePastColumns(ctx, se.ctl); err != nil {
+	leftOut, err := sequence.AdvancePastColumns(ctx, se.ctl)
+	if err != nil {
 		return err
+	}
+	if len(leftOut) > 0 {
+		se.log.Warn("columns too large to be searched in time for values beyond their sequences' marks; an index on each would help", "columns", leftOut)
+	}
+	// The lease is what keeps two regions from being open at once; what it cannot
+	// keep, terms do.
+	for {
+		changed := se.group.StatusChanged()
+		if se.group.Status().LeaseUntil > se.now() {
+			break
+		}
+		select {
+		case <-changed:
+		case <-time.After(10 * time.Millisecond):
+		case <-ctx.Done():
+			return fmt.Errorf("wait for the lease: %w", ctx.Err())
+		}
 	}
 	recorded, err := catalog.WriteOpening(ctx, se.ctl, mainShard, int64(ballot.Counter), int64(ballot.Replica))
 	if err != nil {
@@ -438,7 +466,13 @@ func (se *session) openForWrites(ctx context.Context, ballot paxosgroup.Ballot) 
 	se.turn()
 	se.mu.Unlock()
 	se.unlockApplying()
-	if err := se.openFence(ctx, ballot); err != nil {
+	// Whoever has a transaction id by now has one below the horizon; sessions of a
+	// follower get one by SELECT FOR UPDATE or a temporary table.
+	_, err = catalog.TerminateWriters(ctx, se.ctl)
+	if err == nil {
+		err = se.openFence(ctx, ballot)
+	}
+	if err != nil {
 		se.set(func() { se.proposing = paxosgroup.Ballot{} })
 		return err
 	}

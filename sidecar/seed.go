@@ -18,6 +18,7 @@ import (
 
 	"quorate/paxosgroup"
 	"quorate/replication/entry"
+	"quorate/replication/sequence"
 	"quorate/sidecar/admin"
 	"quorate/sidecar/config"
 	"quorate/sidecar/sidecarpb"
@@ -445,7 +446,40 @@ func (se *session) exportLeader(ctx context.Context, ballot paxosgroup.Ballot) (
 		release()
 		return nil, fmt.Errorf("export: %w", err)
 	}
-	return se.exported(ctx, made.SnapshotName, slot, release)
+	e, err := se.exported(ctx, made.SnapshotName, slot, release)
+	if err == nil {
+		e.Verify = func(ctx context.Context) error { return se.markAnew(ctx, ballot) }
+	}
+	return e, err
+}
+
+// markAnew has every sequence in use marked behind the slot of an image that was
+// just shipped. An image of a leader holds what its sequences were, not the marks
+// ahead of them, and marks chosen before its slot are not replayed into it: a
+// region that starts from it must meet new ones before it can ever lead.
+func (se *session) markAnew(ctx context.Context, ballot paxosgroup.Ballot) error {
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	var until uint64
+	se.set(func() {
+		if se.proposing == ballot {
+			se.tracker, se.sequences = sequence.NewTracker(), true
+			se.arrivals++
+			se.wanted, until = se.arrivals, se.arrivals
+		}
+	})
+	lost := until == 0
+	err := se.await(ctx, func() bool {
+		lost = lost || se.proposing != ballot
+		return lost || se.covered >= until
+	})
+	if err == nil && lost {
+		err = errors.New("this region lost leadership while its image was shipped")
+	}
+	if err != nil {
+		return fmt.Errorf("mark the sequences behind the image: %w", err)
+	}
+	return nil
 }
 
 func (se *session) exported(ctx context.Context, name string, slot paxosgroup.Slot, release func()) (*snapshot.Exported, error) {

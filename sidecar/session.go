@@ -96,6 +96,9 @@ func (se *session) end() {
 	shut := s.shut
 	s.proposing, s.restart, s.settled, s.open, s.synchronous = paxosgroup.Ballot{}, paxosgroup.Ballot{}, false, false, false
 	s.stream, s.session = nil, nil
+	if se.replay != nil {
+		s.progress = se.replay.Progress()
+	}
 	s.turn()
 	s.mu.Unlock()
 	close(se.done)
@@ -207,10 +210,17 @@ func (se *session) connect(ctx context.Context) error {
 		se.state = admin.StateStarting
 		se.health = ""
 		se.openAttempt = 0
-		se.applied = paxosgroup.Slot(se.replay.Progress())
+		// What lies between the origin's progress and what was applied wrote
+		// nothing, or was this incarnation's own, if the progress is what it was.
+		if p := se.replay.Progress(); p != se.progress || se.applied < paxosgroup.Slot(p) {
+			se.applied = paxosgroup.Slot(p)
+		}
 	})
 	return nil
 }
+
+// slotBusyMax bounds how long a new stream waits for the last one's walsender.
+const slotBusyMax = 10 * time.Second
 
 // capture runs streams, one after the other, until ctx ends or one breaks.
 func (se *session) capture(ctx context.Context) error {
@@ -221,31 +231,46 @@ func (se *session) capture(ctx context.Context) error {
 		}
 		return ok
 	}
+	var busy time.Time // since when another walsender has held the slot
 	for {
 		stream, err := capture.Open(ctx, capture.Config{
 			ConnString: se.db.dsn, ReplicationSlot: se.incarnationName(), Publication: catalog.DefaultPublication,
 			ApplicationName: se.cfg.Postgres.ApplicationName, FragmentBytesMax: int(se.cfg.Capture.FragmentBytesMax),
 			Handler: se, Authentic: authentic, Logger: se.log,
 		})
+		if isCode(err, "55006") && (busy.IsZero() || time.Since(busy) < slotBusyMax) {
+			// Our last stream's walsender is still decoding and has not seen its end.
+			if busy.IsZero() {
+				busy = time.Now()
+			}
+			select {
+			case <-time.After(50 * time.Millisecond):
+				continue
+			case <-ctx.Done():
+				return nil
+			}
+		}
 		if err != nil {
 			return endOf(ctx, fmt.Errorf("capture: %w", err))
 		}
+		busy = time.Time{}
 		se.startOver(stream)
 		streamCtx, stop := context.WithCancel(ctx)
 		g, streamCtx := errgroup.WithContext(streamCtx)
 		g.Go(func() error { return stream.Run(streamCtx) })
+		again := false // the stream's end was asked for
 		g.Go(func() error {
 			defer stop()
-			return endOf(streamCtx, se.await(streamCtx, func() bool { return !se.restart.IsZero() }))
+			if se.await(streamCtx, func() bool { return !se.restart.IsZero() }) == nil {
+				again = true
+			}
+			return nil
 		})
 		err = g.Wait()
 		stop()
 		if ctx.Err() != nil {
 			return nil
 		}
-		se.mu.Lock()
-		again := !se.restart.IsZero()
-		se.mu.Unlock()
 		if !again {
 			if err == nil {
 				err = errors.New("the stream ended")
@@ -308,8 +333,9 @@ func (se *session) watchdog(ctx context.Context) error {
 		queryCtx, cancel := context.WithTimeout(ctx, 2*time.Second)
 		var start time.Time
 		var standbys int
-		err := se.watch.QueryRow(queryCtx, `SELECT pg_postmaster_start_time(), (SELECT count(*) FROM pg_stat_replication WHERE application_name = $1)`,
-			se.cfg.Postgres.ApplicationName).Scan(&start, &standbys)
+		err := se.watch.QueryRow(queryCtx, `SELECT pg_postmaster_start_time(), (SELECT count(*) FROM pg_stat_replication r WHERE application_name = $1
+			AND NOT EXISTS (SELECT FROM pg_replication_slots s WHERE s.slot_name = $2 AND s.active_pid = r.pid))`,
+			se.cfg.Postgres.ApplicationName, se.incarnationName()).Scan(&start, &standbys)
 		var synchronous bool
 		var foreign *catalog.ForeignStandbysError
 		if err == nil {
@@ -328,12 +354,12 @@ func (se *session) watchdog(ctx context.Context) error {
 			return fmt.Errorf("PostgreSQL does not answer: %w", err)
 		case !start.Equal(se.start):
 			return errors.New("PostgreSQL was restarted")
-		case standbys <= 1:
+		case standbys == 0:
 			impostors = 0
 		case impostors == 0:
-			impostors++ // may be the last of a stream of ours that has just ended
+			impostors++ // may be a stream of ours that is just beginning or ending
 		default:
-			return unfit(fmt.Errorf("%d standbys are named %q: another one confirms commits in the sidecar's place; end it and refuse it in pg_hba.conf", standbys, se.cfg.Postgres.ApplicationName))
+			return unfit(fmt.Errorf("another standby is named %q and confirms commits in the sidecar's place: end it and refuse it in pg_hba.conf", se.cfg.Postgres.ApplicationName))
 		}
 		if look%checkEvery != 0 {
 			continue
@@ -364,7 +390,9 @@ const replayPace = 10 * time.Millisecond
 // applying: own entries are in this database already, and no-ops, void entries,
 // openings, configurations and fragments write nothing.
 func (se *session) replayer(ctx context.Context) error {
-	next := paxosgroup.Slot(se.replay.Progress()) + 1
+	se.mu.Lock()
+	next := se.applied + 1
+	se.mu.Unlock()
 	var begun time.Time
 	for {
 		var hurry bool
@@ -469,11 +497,17 @@ func (se *session) apply(ctx context.Context, work []replay.Transaction, incarna
 	if err := se.replay.Apply(ctx, work); err != nil {
 		var conflict *replay.ConflictError
 		if errors.As(err, &conflict) {
-			se.set(func() { se.health = err.Error() })
+			se.set(func() { se.health, se.conflict = err.Error(), true })
 			se.log.Error("replay stopped: this database does not hold what the log says", "slot", conflict.Slot, "err", err)
 		}
 		return fmt.Errorf("replay: %w", err)
 	}
+	se.mu.Lock()
+	if se.conflict {
+		se.conflict = false
+		se.turn()
+	}
+	se.mu.Unlock()
 	se.traceApply(work, incarnations, begun, time.Now())
 	se.metrics.applied.Add(float64(len(work)))
 	return nil

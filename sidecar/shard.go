@@ -70,6 +70,8 @@ type shard struct {
 	opened      opening           // the last time it was opened after another region's term
 	proposing   paxosgroup.Ballot // term in which captured commits are proposed; zero: none
 	settled     bool              // nothing local is left that could still commit or be divergent
+	conflict    bool              // replay stopped at an entry that does not fit the database
+	progress    uint64            // of the origin, when the last session ended; applied is good for it
 	divergent   string            // why this database must be replaced; empty: it need not
 	shut        bool              // clients are kept out of the database until it is settled
 	session     *session          // with PostgreSQL, if connected
@@ -97,6 +99,7 @@ type shard struct {
 	// their arrival, and those up to covered need no further sample.
 	arrivals  uint64
 	covered   uint64
+	wanted    uint64 // arrivals up to here are to be covered though nothing waits for them
 	sampling  uint64 // arrivals up to here are covered by the sample that is being taken
 	sequences bool   // there are sequences to be covered, or may be
 	ddl       uint64 // xid of the last captured commit with DDL not known to be visible; 0: none
@@ -488,7 +491,7 @@ func (s *shard) sampler(ctx context.Context, sampler *sequence.Sampler, visible 
 		idle, cancel := context.WithTimeout(ctx, sampleInterval)
 		err := s.await(idle, func() bool {
 			upTo, term, ddl = s.arrivals, s.proposing, s.ddl
-			return s.sequences && len(s.pending) > 0 && s.covered < upTo && (s.settled || !term.IsZero())
+			return s.sequences && (len(s.pending) > 0 || s.wanted > s.covered) && s.covered < upTo && (s.settled || !term.IsZero())
 		})
 		cancel()
 		if ctx.Err() != nil {
@@ -526,7 +529,8 @@ func (s *shard) sampler(ctx context.Context, sampler *sequence.Sampler, visible 
 			return endOf(ctx, fmt.Errorf("sample sequences: %w", err))
 		}
 		s.mu.Lock()
-		marks := s.tracker.Need(sample)
+		tracker := s.tracker
+		marks := tracker.Need(sample)
 		if known && s.ddl == ddl {
 			s.ddl = 0
 			// Nothing is to be covered until a commit with DDL is captured.
@@ -545,15 +549,23 @@ func (s *shard) sampler(ctx context.Context, sampler *sequence.Sampler, visible 
 				continue
 			}
 			var covered bool
-			err := s.await(ctx, func() bool { covered = s.tracker.Covered(sample); return covered || s.proposing != term })
+			err := s.await(ctx, func() bool {
+				covered = s.tracker == tracker && tracker.Covered(sample)
+				return covered || s.proposing != term || s.tracker != tracker
+			})
 			if err != nil {
 				return nil
 			}
 			if !covered {
-				continue // the term was lost first: a next one of our own has to cover it
+				continue // the term was lost, or the marks are asked for anew
 			}
 		}
-		s.cover(upTo)
+		s.mu.Lock()
+		same := s.tracker == tracker
+		s.mu.Unlock()
+		if same {
+			s.cover(upTo)
+		}
 	}
 }
 

@@ -442,7 +442,8 @@ func (s *shard) incarnate(ctx context.Context, db *database, member *membership,
 		s.learned, s.applied, s.effectiveLSN = s.group.Status().Base, 0, 0
 		s.term, s.lastForeign, s.opened, s.own = termInfo{}, paxosgroup.Ballot{}, opening{}, ownCommits{}
 		s.divergent, s.tracker, s.sequences, s.held = "", nil, false, false
-		s.arrivals, s.covered, s.sampling, s.pending, s.ddl = 0, 0, 0, nil, 0
+		s.arrivals, s.covered, s.wanted, s.sampling, s.pending, s.ddl = 0, 0, 0, 0, nil, 0
+		s.conflict, s.progress = false, 0
 		s.proposedIn, s.capturing, s.unproposed = paxosgroup.Ballot{}, capturing{}, false
 		s.shut = false
 	})

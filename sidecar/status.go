@@ -393,7 +393,7 @@ func (s *shard) addReplica(ctx context.Context, region string) (paxosgroup.Repli
 }
 
 // nearlyCaughtUp is how many slots behind a learner may be to become a voter.
-const nearlyCaughtUp = 1000
+const nearlyCaughtUp = 100
 
 // admit makes learners that caught up voters, in place of their region's old
 // replica, while this region leads.

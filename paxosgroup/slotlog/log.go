@@ -74,13 +74,13 @@ type Log struct {
 	closed   bool
 	groups   map[paxosgroup.GroupID]*group
 	missed   map[paxosgroup.GroupID]paxosgroup.Slot // from which on entries are not known to be the newest: the log has failed
-	segments []*segment // consecutive; Append fills the last
-	offset   int64      // where the next batch of the last segment begins
-	number   uint64     // of the next batch
-	queue    []*batch   // sealed, oldest first, those being written included
-	building *batch     // nil, or open for more
-	queued   int        // bytes in queue and building
-	spare    [][]byte   // buffers of flushed batches, to be filled again
+	segments []*segment                             // consecutive; Append fills the last
+	offset   int64                                  // where the next batch of the last segment begins
+	number   uint64                                 // of the next batch
+	queue    []*batch                               // sealed, oldest first, those being written included
+	building *batch                                 // nil, or open for more
+	queued   int                                    // bytes in queue and building
+	spare    [][]byte                               // buffers of flushed batches, to be filled again
 	stats    Stats
 
 	work    chan struct{} // holds a token when the writer has something to do

@@ -47,21 +47,28 @@ func ReadFence(ctx context.Context, conn *pgx.Conn, shard string) (FenceState, e
 // Opening for the ballot that has it open does nothing.
 //
 // OpenFence and CloseFence of one ballot must be called one after the other.
-// OpenFence bounds its own wait for locks by the time left in ctx, so that an
-// attempt given up here does not open the fence later.
+// Sessions that keep it from the lock it needs, having read quorate.open in a
+// transaction that goes on (a pg_dump of everything, say), are ended: nobody who
+// writes can hold it while the fence is closed.
 func OpenFence(ctx context.Context, conn *pgx.Conn, shard string, counter, replica int64) error {
-	wait := 10 * time.Second
-	if deadline, ok := ctx.Deadline(); ok {
-		wait = min(wait, time.Until(deadline)-10*time.Millisecond)
-	}
-	moved, err := moveFence(ctx, conn, "open_fence", shard, counter, replica, max(wait, time.Millisecond))
-	if err != nil {
+	fail := func(err error) error {
 		return fmt.Errorf("open the fence of shard %s at ballot %d.%d: %w", shard, counter, replica, err)
 	}
-	if !moved {
-		return fmt.Errorf("open the fence of shard %s at ballot %d.%d: %w", shard, counter, replica, ErrStaleBallot)
+	for {
+		moved, err := moveFence(ctx, conn, "open_fence", shard, counter, replica, fenceLockTimeout)
+		var pg *pgconn.PgError
+		switch {
+		case err == nil && !moved:
+			return fail(ErrStaleBallot)
+		case err == nil:
+			return nil
+		case !errors.As(err, &pg) || pg.Code != codeLockNotAvailable:
+			return fail(err)
+		}
+		if _, err := endSessions(ctx, conn, holdersOfFence); err != nil {
+			return fail(err)
+		}
 	}
-	return nil
 }
 
 func moveFence(ctx context.Context, conn *pgx.Conn, function, shard string, counter, replica int64, lockTimeout time.Duration) (moved bool, err error) {

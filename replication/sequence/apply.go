@@ -3,6 +3,7 @@ package sequence
 import (
 	"context"
 	"fmt"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 
@@ -52,16 +53,18 @@ ORDER BY 1, 2`
 // are let in: a sequence that was created, or restarted, and used in one
 // transaction has no mark before the next sample. A column that holds the very
 // end of the sequence's range leaves it alone, since the row that holds it is
-// one that a user put there, not one the sequence counted up to. Without an
-// index on the column its table is read whole.
-func AdvancePastColumns(ctx context.Context, conn *pgx.Conn) error {
+// one that a user put there, not one the sequence counted up to. Without an index
+// on the column its table has to be read whole: a column for which that takes
+// longer than columnWithin is left out and returned, since a promotion must not
+// hang on it; marks cover its sequence but for that one case.
+func AdvancePastColumns(ctx context.Context, conn *pgx.Conn) (leftOut []string, err error) {
 	type owned struct {
 		sequence, table, column string
 		ascending               bool
 	}
 	rows, err := conn.Query(ctx, ownedQuery)
 	if err != nil {
-		return fmt.Errorf("list sequences of columns: %w", err)
+		return nil, fmt.Errorf("list sequences of columns: %w", err)
 	}
 	list, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (owned, error) {
 		var ss, sn, ts, tn, column string
@@ -73,7 +76,7 @@ func AdvancePastColumns(ctx context.Context, conn *pgx.Conn) error {
 		return o, err
 	})
 	if err != nil {
-		return fmt.Errorf("list sequences of columns: %w", err)
+		return nil, fmt.Errorf("list sequences of columns: %w", err)
 	}
 	for _, o := range list {
 		aggregate, beyond, within := "max", ">", "x.m >= d.seqmin AND x.m < d.seqmax"
@@ -87,9 +90,23 @@ FROM (SELECT %[1]s(%[2]s)::int8 AS m FROM %[3]s) x, %[4]s s, pg_catalog.pg_seque
 WHERE d.seqrelid = $1::regclass AND %[6]s
   AND (x.m %[5]s s.last_value OR x.m = s.last_value AND NOT s.is_called)`,
 			aggregate, o.column, o.table, o.sequence, beyond, within)
-		if _, err := conn.Exec(ctx, query, pgx.QueryExecModeExec, o.sequence); err != nil {
-			return fmt.Errorf("move sequence %s past column %s of %s: %w", o.sequence, o.column, o.table, err)
+		err := pgx.BeginFunc(ctx, conn, func(tx pgx.Tx) error {
+			if _, err := tx.Exec(ctx, fmt.Sprintf("SET LOCAL statement_timeout = %d", columnWithin.Milliseconds())); err != nil {
+				return err
+			}
+			_, err := tx.Exec(ctx, query, pgx.QueryExecModeExec, o.sequence)
+			return err
+		})
+		if pgCode(err) == "57014" && ctx.Err() == nil {
+			leftOut = append(leftOut, o.table+"."+o.column)
+			continue
+		}
+		if err != nil {
+			return leftOut, fmt.Errorf("move sequence %s past column %s of %s: %w", o.sequence, o.column, o.table, err)
 		}
 	}
-	return nil
+	return leftOut, nil
 }
+
+// columnWithin bounds the look for the farthest value of one column.
+const columnWithin = 300 * time.Millisecond

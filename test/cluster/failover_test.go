@@ -120,7 +120,7 @@ func TestThreeRegionsDown(t *testing.T) {
 	a := StartAppender(c, 2)
 	defer a.Stop()
 	before := a.Acked()
-	time.Sleep(5 * time.Second) // longer than a lease and an election
+	time.Sleep(10 * time.Second) // longer than a lease and an election, and than a client waits before it tries again
 	if n := a.Acked(); n != before {
 		t.Errorf("%d commits were acknowledged by two regions of five", n-before)
 	}
