@@ -208,3 +208,42 @@ func TestCommitWhileCutOff(t *testing.T) {
 		t.Errorf("the client was left waiting: %v", err)
 	}
 }
+
+// TestSessionsOfAFollower: what an ordinary session does on a follower that no
+// fence sees neither has its database replaced nor, when the region is promoted,
+// gets into the new term.
+func TestSessionsOfAFollower(t *testing.T) {
+	c := Start(t, Options{Regions: 3})
+	leader := c.Leader()
+	c.Exec(leader, "CREATE TABLE t (id int PRIMARY KEY)", "INSERT INTO t VALUES (1), (2)")
+	c.AwaitEqual()
+	follower := c.other(leader)
+	before := query[int64](c, follower, "SELECT incarnation FROM quorate.identity")
+
+	// A message changes nothing, so it is nobody's business.
+	c.Exec(follower, "SELECT pg_logical_emit_message(true, 'outbox', 'something happened')", "CREATE TEMP TABLE x AS SELECT 1")
+
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	early := c.Connect(follower)
+	if _, err := early.Exec(ctx, "BEGIN"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := early.Exec(ctx, "SELECT * FROM t WHERE id = 1 FOR UPDATE"); err != nil { // takes a transaction id
+		t.Fatal(err)
+	}
+	c.handOver(follower)
+	if _, err := early.Exec(ctx, "UPDATE t SET id = 10 WHERE id = 1"); err == nil {
+		if _, err = early.Exec(ctx, "COMMIT"); err == nil {
+			t.Error("a transaction that began before the region led was committed in its term")
+		}
+	}
+	c.Exec(follower, "INSERT INTO t VALUES (3)")
+	c.AwaitEqual()
+	if after := query[int64](c, follower, "SELECT incarnation FROM quorate.identity"); after != before {
+		t.Error("the region's database was replaced")
+	}
+	if n := query[int](c, follower, "SELECT count(*)::int FROM t WHERE id IN (1, 2, 3)"); n != 3 {
+		t.Errorf("%d of the 3 rows are there", n)
+	}
+}
