@@ -130,6 +130,10 @@ func (b *backend) ask(ctx context.Context, region string, clusterID uint64) admi
 		Lag: time.Duration(reply.LagNs), CaughtUp: reply.Applied >= reply.Chosen, Healthy: reply.Healthy, Health: reply.Health,
 		Incarnation: paxosgroup.Incarnation(reply.Incarnation),
 	}
+	if theirs := time.Duration(reply.LeaseDurationNs); theirs != b.cfg.Consensus.LeaseDuration {
+		r.Healthy = false
+		r.Health = fmt.Sprintf("consensus.lease_duration is %v there and %v here: a lease is safe only if all regions have the same", theirs, b.cfg.Consensus.LeaseDuration)
+	}
 	b.last[region] = r
 	return r
 }
@@ -203,7 +207,7 @@ func (s *shard) regionReply(context.Context) (*sidecarpb.RegionReply, error) {
 		Region: r.Name, ReplicaId: uint32(r.ReplicaID), Incarnation: uint64(r.Incarnation), Role: r.Role, State: r.State,
 		Writable: r.Writable, Leader: r.Leader, BallotCounter: r.Ballot.Counter, BallotReplica: uint32(r.Ballot.Replica),
 		LeaseLeftNs: int64(r.LeaseLeft), Chosen: uint64(r.Chosen), Applied: uint64(r.Applied), LagNs: int64(r.Lag),
-		Healthy: r.Healthy, Health: r.Health,
+		Healthy: r.Healthy, Health: r.Health, LeaseDurationNs: int64(s.cfg.Consensus.LeaseDuration),
 	}, nil
 }
 

@@ -2,7 +2,7 @@
 // versions:
 // 	protoc-gen-go v1.36.12
 // 	protoc        v3.21.12
-// source: paxosgroup/paxospb/peer.proto
+// source: peer.proto
 
 // The protocol between the sidecars of a cluster, version 1.
 
@@ -35,7 +35,7 @@ type Hello struct {
 
 func (x *Hello) Reset() {
 	*x = Hello{}
-	mi := &file_paxosgroup_paxospb_peer_proto_msgTypes[0]
+	mi := &file_peer_proto_msgTypes[0]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -47,7 +47,7 @@ func (x *Hello) String() string {
 func (*Hello) ProtoMessage() {}
 
 func (x *Hello) ProtoReflect() protoreflect.Message {
-	mi := &file_paxosgroup_paxospb_peer_proto_msgTypes[0]
+	mi := &file_peer_proto_msgTypes[0]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -60,7 +60,7 @@ func (x *Hello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hello.ProtoReflect.Descriptor instead.
 func (*Hello) Descriptor() ([]byte, []int) {
-	return file_paxosgroup_paxospb_peer_proto_rawDescGZIP(), []int{0}
+	return file_peer_proto_rawDescGZIP(), []int{0}
 }
 
 func (x *Hello) GetClusterId() string {
@@ -101,7 +101,7 @@ type Frame struct {
 
 func (x *Frame) Reset() {
 	*x = Frame{}
-	mi := &file_paxosgroup_paxospb_peer_proto_msgTypes[1]
+	mi := &file_peer_proto_msgTypes[1]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -113,7 +113,7 @@ func (x *Frame) String() string {
 func (*Frame) ProtoMessage() {}
 
 func (x *Frame) ProtoReflect() protoreflect.Message {
-	mi := &file_paxosgroup_paxospb_peer_proto_msgTypes[1]
+	mi := &file_peer_proto_msgTypes[1]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -126,7 +126,7 @@ func (x *Frame) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Frame.ProtoReflect.Descriptor instead.
 func (*Frame) Descriptor() ([]byte, []int) {
-	return file_paxosgroup_paxospb_peer_proto_rawDescGZIP(), []int{1}
+	return file_peer_proto_rawDescGZIP(), []int{1}
 }
 
 func (x *Frame) GetHello() *Hello {
@@ -152,7 +152,7 @@ type Reply struct {
 
 func (x *Reply) Reset() {
 	*x = Reply{}
-	mi := &file_paxosgroup_paxospb_peer_proto_msgTypes[2]
+	mi := &file_peer_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -164,7 +164,7 @@ func (x *Reply) String() string {
 func (*Reply) ProtoMessage() {}
 
 func (x *Reply) ProtoReflect() protoreflect.Message {
-	mi := &file_paxosgroup_paxospb_peer_proto_msgTypes[2]
+	mi := &file_peer_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -177,7 +177,7 @@ func (x *Reply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Reply.ProtoReflect.Descriptor instead.
 func (*Reply) Descriptor() ([]byte, []int) {
-	return file_paxosgroup_paxospb_peer_proto_rawDescGZIP(), []int{2}
+	return file_peer_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *Reply) GetHello() *Hello {
@@ -197,7 +197,7 @@ type Ballot struct {
 
 func (x *Ballot) Reset() {
 	*x = Ballot{}
-	mi := &file_paxosgroup_paxospb_peer_proto_msgTypes[3]
+	mi := &file_peer_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -209,7 +209,7 @@ func (x *Ballot) String() string {
 func (*Ballot) ProtoMessage() {}
 
 func (x *Ballot) ProtoReflect() protoreflect.Message {
-	mi := &file_paxosgroup_paxospb_peer_proto_msgTypes[3]
+	mi := &file_peer_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -222,7 +222,7 @@ func (x *Ballot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Ballot.ProtoReflect.Descriptor instead.
 func (*Ballot) Descriptor() ([]byte, []int) {
-	return file_paxosgroup_paxospb_peer_proto_rawDescGZIP(), []int{3}
+	return file_peer_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *Ballot) GetCounter() uint64 {
@@ -253,7 +253,7 @@ type Entry struct {
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_paxosgroup_paxospb_peer_proto_msgTypes[4]
+	mi := &file_peer_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -265,7 +265,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_paxosgroup_paxospb_peer_proto_msgTypes[4]
+	mi := &file_peer_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -278,7 +278,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_paxosgroup_paxospb_peer_proto_rawDescGZIP(), []int{4}
+	return file_peer_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Entry) GetKind() uint32 {
@@ -333,7 +333,7 @@ type SlotEntry struct {
 
 func (x *SlotEntry) Reset() {
 	*x = SlotEntry{}
-	mi := &file_paxosgroup_paxospb_peer_proto_msgTypes[5]
+	mi := &file_peer_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -345,7 +345,7 @@ func (x *SlotEntry) String() string {
 func (*SlotEntry) ProtoMessage() {}
 
 func (x *SlotEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_paxosgroup_paxospb_peer_proto_msgTypes[5]
+	mi := &file_peer_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -358,7 +358,7 @@ func (x *SlotEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SlotEntry.ProtoReflect.Descriptor instead.
 func (*SlotEntry) Descriptor() ([]byte, []int) {
-	return file_paxosgroup_paxospb_peer_proto_rawDescGZIP(), []int{5}
+	return file_peer_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *SlotEntry) GetSlot() uint64 {
@@ -386,7 +386,7 @@ type AcceptedEntry struct {
 
 func (x *AcceptedEntry) Reset() {
 	*x = AcceptedEntry{}
-	mi := &file_paxosgroup_paxospb_peer_proto_msgTypes[6]
+	mi := &file_peer_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -398,7 +398,7 @@ func (x *AcceptedEntry) String() string {
 func (*AcceptedEntry) ProtoMessage() {}
 
 func (x *AcceptedEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_paxosgroup_paxospb_peer_proto_msgTypes[6]
+	mi := &file_peer_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -411,7 +411,7 @@ func (x *AcceptedEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AcceptedEntry.ProtoReflect.Descriptor instead.
 func (*AcceptedEntry) Descriptor() ([]byte, []int) {
-	return file_paxosgroup_paxospb_peer_proto_rawDescGZIP(), []int{6}
+	return file_peer_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *AcceptedEntry) GetSlot() uint64 {
@@ -460,7 +460,7 @@ type GroupMessage struct {
 
 func (x *GroupMessage) Reset() {
 	*x = GroupMessage{}
-	mi := &file_paxosgroup_paxospb_peer_proto_msgTypes[7]
+	mi := &file_peer_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -472,7 +472,7 @@ func (x *GroupMessage) String() string {
 func (*GroupMessage) ProtoMessage() {}
 
 func (x *GroupMessage) ProtoReflect() protoreflect.Message {
-	mi := &file_paxosgroup_paxospb_peer_proto_msgTypes[7]
+	mi := &file_peer_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -485,7 +485,7 @@ func (x *GroupMessage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GroupMessage.ProtoReflect.Descriptor instead.
 func (*GroupMessage) Descriptor() ([]byte, []int) {
-	return file_paxosgroup_paxospb_peer_proto_rawDescGZIP(), []int{7}
+	return file_peer_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *GroupMessage) GetGroup() uint32 {
@@ -593,11 +593,12 @@ func (x *GroupMessage) GetEntries() []*SlotEntry {
 	return nil
 }
 
-var File_paxosgroup_paxospb_peer_proto protoreflect.FileDescriptor
+var File_peer_proto protoreflect.FileDescriptor
 
-const file_paxosgroup_paxospb_peer_proto_rawDesc = "" +
+const file_peer_proto_rawDesc = "" +
 	"\n" +
-	"\x1dpaxosgroup/paxospb/peer.proto\x12\x10quorate.paxos.v1\"t\n" +
+	"\n" +
+	"peer.proto\x12\x10quorate.paxos.v1\"t\n" +
 	"\x05Hello\x12\x1d\n" +
 	"\n" +
 	"cluster_id\x18\x01 \x01(\tR\tclusterId\x12\x16\n" +
@@ -647,19 +648,19 @@ const file_paxosgroup_paxospb_peer_proto_rawDesc = "" +
 	"\bMessages\x12\x17.quorate.paxos.v1.Frame\x1a\x17.quorate.paxos.v1.Reply(\x010\x01B\x1cZ\x1aquorate/paxosgroup/paxospbb\x06proto3"
 
 var (
-	file_paxosgroup_paxospb_peer_proto_rawDescOnce sync.Once
-	file_paxosgroup_paxospb_peer_proto_rawDescData []byte
+	file_peer_proto_rawDescOnce sync.Once
+	file_peer_proto_rawDescData []byte
 )
 
-func file_paxosgroup_paxospb_peer_proto_rawDescGZIP() []byte {
-	file_paxosgroup_paxospb_peer_proto_rawDescOnce.Do(func() {
-		file_paxosgroup_paxospb_peer_proto_rawDescData = protoimpl.X.CompressGZIP(unsafe.Slice(unsafe.StringData(file_paxosgroup_paxospb_peer_proto_rawDesc), len(file_paxosgroup_paxospb_peer_proto_rawDesc)))
+func file_peer_proto_rawDescGZIP() []byte {
+	file_peer_proto_rawDescOnce.Do(func() {
+		file_peer_proto_rawDescData = protoimpl.X.CompressGZIP(unsafe.Slice(unsafe.StringData(file_peer_proto_rawDesc), len(file_peer_proto_rawDesc)))
 	})
-	return file_paxosgroup_paxospb_peer_proto_rawDescData
+	return file_peer_proto_rawDescData
 }
 
-var file_paxosgroup_paxospb_peer_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
-var file_paxosgroup_paxospb_peer_proto_goTypes = []any{
+var file_peer_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
+var file_peer_proto_goTypes = []any{
 	(*Hello)(nil),         // 0: quorate.paxos.v1.Hello
 	(*Frame)(nil),         // 1: quorate.paxos.v1.Frame
 	(*Reply)(nil),         // 2: quorate.paxos.v1.Reply
@@ -669,7 +670,7 @@ var file_paxosgroup_paxospb_peer_proto_goTypes = []any{
 	(*AcceptedEntry)(nil), // 6: quorate.paxos.v1.AcceptedEntry
 	(*GroupMessage)(nil),  // 7: quorate.paxos.v1.GroupMessage
 }
-var file_paxosgroup_paxospb_peer_proto_depIdxs = []int32{
+var file_peer_proto_depIdxs = []int32{
 	0,  // 0: quorate.paxos.v1.Frame.hello:type_name -> quorate.paxos.v1.Hello
 	7,  // 1: quorate.paxos.v1.Frame.messages:type_name -> quorate.paxos.v1.GroupMessage
 	0,  // 2: quorate.paxos.v1.Reply.hello:type_name -> quorate.paxos.v1.Hello
@@ -690,26 +691,26 @@ var file_paxosgroup_paxospb_peer_proto_depIdxs = []int32{
 	0,  // [0:11] is the sub-list for field type_name
 }
 
-func init() { file_paxosgroup_paxospb_peer_proto_init() }
-func file_paxosgroup_paxospb_peer_proto_init() {
-	if File_paxosgroup_paxospb_peer_proto != nil {
+func init() { file_peer_proto_init() }
+func file_peer_proto_init() {
+	if File_peer_proto != nil {
 		return
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
-			RawDescriptor: unsafe.Slice(unsafe.StringData(file_paxosgroup_paxospb_peer_proto_rawDesc), len(file_paxosgroup_paxospb_peer_proto_rawDesc)),
+			RawDescriptor: unsafe.Slice(unsafe.StringData(file_peer_proto_rawDesc), len(file_peer_proto_rawDesc)),
 			NumEnums:      0,
 			NumMessages:   8,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
-		GoTypes:           file_paxosgroup_paxospb_peer_proto_goTypes,
-		DependencyIndexes: file_paxosgroup_paxospb_peer_proto_depIdxs,
-		MessageInfos:      file_paxosgroup_paxospb_peer_proto_msgTypes,
+		GoTypes:           file_peer_proto_goTypes,
+		DependencyIndexes: file_peer_proto_depIdxs,
+		MessageInfos:      file_peer_proto_msgTypes,
 	}.Build()
-	File_paxosgroup_paxospb_peer_proto = out.File
-	file_paxosgroup_paxospb_peer_proto_goTypes = nil
-	file_paxosgroup_paxospb_peer_proto_depIdxs = nil
+	File_peer_proto = out.File
+	file_peer_proto_goTypes = nil
+	file_peer_proto_depIdxs = nil
 }

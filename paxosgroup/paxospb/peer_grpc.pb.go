@@ -2,7 +2,7 @@
 // versions:
 // - protoc-gen-go-grpc v1.6.2
 // - protoc             v3.21.12
-// source: paxosgroup/paxospb/peer.proto
+// source: peer.proto
 
 // The protocol between the sidecars of a cluster, version 1.
 
@@ -127,5 +127,5 @@ var Peer_ServiceDesc = grpc.ServiceDesc{
 			ClientStreams: true,
 		},
 	},
-	Metadata: "paxosgroup/paxospb/peer.proto",
+	Metadata: "peer.proto",
 }

@@ -573,26 +573,25 @@ func (x *RegionRequest) GetClusterId() uint64 {
 }
 
 type RegionReply struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Region        string                 `protobuf:"bytes,1,opt,name=region,proto3" json:"region,omitempty"`
-	ReplicaId     uint32                 `protobuf:"varint,2,opt,name=replica_id,json=replicaId,proto3" json:"replica_id,omitempty"`
-	Incarnation   uint64                 `protobuf:"fixed64,3,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
-	Role          string                 `protobuf:"bytes,4,opt,name=role,proto3" json:"role,omitempty"`   // leader, follower, candidate
-	State         string                 `protobuf:"bytes,5,opt,name=state,proto3" json:"state,omitempty"` // what the database is doing
-	Writable      bool                   `protobuf:"varint,6,opt,name=writable,proto3" json:"writable,omitempty"`
-	Leader        string                 `protobuf:"bytes,7,opt,name=leader,proto3" json:"leader,omitempty"`
-	BallotCounter uint64                 `protobuf:"varint,8,opt,name=ballot_counter,json=ballotCounter,proto3" json:"ballot_counter,omitempty"`
-	BallotReplica uint32                 `protobuf:"varint,9,opt,name=ballot_replica,json=ballotReplica,proto3" json:"ballot_replica,omitempty"`
-	LeaseLeftNs   int64                  `protobuf:"varint,10,opt,name=lease_left_ns,json=leaseLeftNs,proto3" json:"lease_left_ns,omitempty"`
-	Chosen        uint64                 `protobuf:"varint,11,opt,name=chosen,proto3" json:"chosen,omitempty"`
-	Applied       uint64                 `protobuf:"varint,12,opt,name=applied,proto3" json:"applied,omitempty"`
-	LagNs         int64                  `protobuf:"varint,13,opt,name=lag_ns,json=lagNs,proto3" json:"lag_ns,omitempty"`
-	Healthy       bool                   `protobuf:"varint,14,opt,name=healthy,proto3" json:"healthy,omitempty"`
-	Health        string                 `protobuf:"bytes,15,opt,name=health,proto3" json:"health,omitempty"`
-	Version       string                 `protobuf:"bytes,16,opt,name=version,proto3" json:"version,omitempty"`
-	MemberKind    string                 `protobuf:"bytes,17,opt,name=member_kind,json=memberKind,proto3" json:"member_kind,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	Region          string                 `protobuf:"bytes,1,opt,name=region,proto3" json:"region,omitempty"`
+	ReplicaId       uint32                 `protobuf:"varint,2,opt,name=replica_id,json=replicaId,proto3" json:"replica_id,omitempty"`
+	Incarnation     uint64                 `protobuf:"fixed64,3,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
+	Role            string                 `protobuf:"bytes,4,opt,name=role,proto3" json:"role,omitempty"`   // leader, follower, candidate
+	State           string                 `protobuf:"bytes,5,opt,name=state,proto3" json:"state,omitempty"` // what the database is doing
+	Writable        bool                   `protobuf:"varint,6,opt,name=writable,proto3" json:"writable,omitempty"`
+	Leader          string                 `protobuf:"bytes,7,opt,name=leader,proto3" json:"leader,omitempty"`
+	BallotCounter   uint64                 `protobuf:"varint,8,opt,name=ballot_counter,json=ballotCounter,proto3" json:"ballot_counter,omitempty"`
+	BallotReplica   uint32                 `protobuf:"varint,9,opt,name=ballot_replica,json=ballotReplica,proto3" json:"ballot_replica,omitempty"`
+	LeaseLeftNs     int64                  `protobuf:"varint,10,opt,name=lease_left_ns,json=leaseLeftNs,proto3" json:"lease_left_ns,omitempty"`
+	Chosen          uint64                 `protobuf:"varint,11,opt,name=chosen,proto3" json:"chosen,omitempty"`
+	Applied         uint64                 `protobuf:"varint,12,opt,name=applied,proto3" json:"applied,omitempty"`
+	LagNs           int64                  `protobuf:"varint,13,opt,name=lag_ns,json=lagNs,proto3" json:"lag_ns,omitempty"`
+	Healthy         bool                   `protobuf:"varint,14,opt,name=healthy,proto3" json:"healthy,omitempty"`
+	Health          string                 `protobuf:"bytes,15,opt,name=health,proto3" json:"health,omitempty"`
+	LeaseDurationNs int64                  `protobuf:"varint,16,opt,name=lease_duration_ns,json=leaseDurationNs,proto3" json:"lease_duration_ns,omitempty"` // as configured there
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *RegionReply) Reset() {
@@ -730,18 +729,11 @@ func (x *RegionReply) GetHealth() string {
 	return ""
 }
 
-func (x *RegionReply) GetVersion() string {
+func (x *RegionReply) GetLeaseDurationNs() int64 {
 	if x != nil {
-		return x.Version
+		return x.LeaseDurationNs
 	}
-	return ""
-}
-
-func (x *RegionReply) GetMemberKind() string {
-	if x != nil {
-		return x.MemberKind
-	}
-	return ""
+	return 0
 }
 
 type TransferRequest struct {
@@ -887,7 +879,7 @@ const file_cluster_proto_rawDesc = "" +
 	"membership\".\n" +
 	"\rRegionRequest\x12\x1d\n" +
 	"\n" +
-	"cluster_id\x18\x01 \x01(\x06R\tclusterId\"\xec\x03\n" +
+	"cluster_id\x18\x01 \x01(\x06R\tclusterId\"\xdd\x03\n" +
 	"\vRegionReply\x12\x16\n" +
 	"\x06region\x18\x01 \x01(\tR\x06region\x12\x1d\n" +
 	"\n" +
@@ -905,10 +897,8 @@ const file_cluster_proto_rawDesc = "" +
 	"\aapplied\x18\f \x01(\x04R\aapplied\x12\x15\n" +
 	"\x06lag_ns\x18\r \x01(\x03R\x05lagNs\x12\x18\n" +
 	"\ahealthy\x18\x0e \x01(\bR\ahealthy\x12\x16\n" +
-	"\x06health\x18\x0f \x01(\tR\x06health\x12\x18\n" +
-	"\aversion\x18\x10 \x01(\tR\aversion\x12\x1f\n" +
-	"\vmember_kind\x18\x11 \x01(\tR\n" +
-	"memberKind\"@\n" +
+	"\x06health\x18\x0f \x01(\tR\x06health\x12*\n" +
+	"\x11lease_duration_ns\x18\x10 \x01(\x03R\x0fleaseDurationNs\"@\n" +
 	"\x0fTransferRequest\x12\x1d\n" +
 	"\n" +
 	"cluster_id\x18\x01 \x01(\x06R\tclusterId\x12\x0e\n" +

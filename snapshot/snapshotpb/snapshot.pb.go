@@ -2,7 +2,7 @@
 // versions:
 // 	protoc-gen-go v1.36.12
 // 	protoc        v3.21.12
-// source: snapshot/snapshotpb/snapshot.proto
+// source: snapshot.proto
 
 // Shipping a database image from one sidecar to another.
 
@@ -56,11 +56,11 @@ func (x Codec) String() string {
 }
 
 func (Codec) Descriptor() protoreflect.EnumDescriptor {
-	return file_snapshot_snapshotpb_snapshot_proto_enumTypes[0].Descriptor()
+	return file_snapshot_proto_enumTypes[0].Descriptor()
 }
 
 func (Codec) Type() protoreflect.EnumType {
-	return &file_snapshot_snapshotpb_snapshot_proto_enumTypes[0]
+	return &file_snapshot_proto_enumTypes[0]
 }
 
 func (x Codec) Number() protoreflect.EnumNumber {
@@ -69,7 +69,7 @@ func (x Codec) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Codec.Descriptor instead.
 func (Codec) EnumDescriptor() ([]byte, []int) {
-	return file_snapshot_snapshotpb_snapshot_proto_rawDescGZIP(), []int{0}
+	return file_snapshot_proto_rawDescGZIP(), []int{0}
 }
 
 type OpenRequest struct {
@@ -82,7 +82,7 @@ type OpenRequest struct {
 
 func (x *OpenRequest) Reset() {
 	*x = OpenRequest{}
-	mi := &file_snapshot_snapshotpb_snapshot_proto_msgTypes[0]
+	mi := &file_snapshot_proto_msgTypes[0]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -94,7 +94,7 @@ func (x *OpenRequest) String() string {
 func (*OpenRequest) ProtoMessage() {}
 
 func (x *OpenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshot_snapshotpb_snapshot_proto_msgTypes[0]
+	mi := &file_snapshot_proto_msgTypes[0]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -107,7 +107,7 @@ func (x *OpenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenRequest.ProtoReflect.Descriptor instead.
 func (*OpenRequest) Descriptor() ([]byte, []int) {
-	return file_snapshot_snapshotpb_snapshot_proto_rawDescGZIP(), []int{0}
+	return file_snapshot_proto_rawDescGZIP(), []int{0}
 }
 
 func (x *OpenRequest) GetClusterId() string {
@@ -150,7 +150,7 @@ type Manifest struct {
 
 func (x *Manifest) Reset() {
 	*x = Manifest{}
-	mi := &file_snapshot_snapshotpb_snapshot_proto_msgTypes[1]
+	mi := &file_snapshot_proto_msgTypes[1]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -162,7 +162,7 @@ func (x *Manifest) String() string {
 func (*Manifest) ProtoMessage() {}
 
 func (x *Manifest) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshot_snapshotpb_snapshot_proto_msgTypes[1]
+	mi := &file_snapshot_proto_msgTypes[1]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -175,7 +175,7 @@ func (x *Manifest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Manifest.ProtoReflect.Descriptor instead.
 func (*Manifest) Descriptor() ([]byte, []int) {
-	return file_snapshot_snapshotpb_snapshot_proto_rawDescGZIP(), []int{1}
+	return file_snapshot_proto_rawDescGZIP(), []int{1}
 }
 
 func (x *Manifest) GetProtocol() uint32 {
@@ -314,7 +314,7 @@ type Name struct {
 
 func (x *Name) Reset() {
 	*x = Name{}
-	mi := &file_snapshot_snapshotpb_snapshot_proto_msgTypes[2]
+	mi := &file_snapshot_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -326,7 +326,7 @@ func (x *Name) String() string {
 func (*Name) ProtoMessage() {}
 
 func (x *Name) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshot_snapshotpb_snapshot_proto_msgTypes[2]
+	mi := &file_snapshot_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -339,7 +339,7 @@ func (x *Name) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Name.ProtoReflect.Descriptor instead.
 func (*Name) Descriptor() ([]byte, []int) {
-	return file_snapshot_snapshotpb_snapshot_proto_rawDescGZIP(), []int{2}
+	return file_snapshot_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *Name) GetSchema() string {
@@ -366,7 +366,7 @@ type Collation struct {
 
 func (x *Collation) Reset() {
 	*x = Collation{}
-	mi := &file_snapshot_snapshotpb_snapshot_proto_msgTypes[3]
+	mi := &file_snapshot_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -378,7 +378,7 @@ func (x *Collation) String() string {
 func (*Collation) ProtoMessage() {}
 
 func (x *Collation) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshot_snapshotpb_snapshot_proto_msgTypes[3]
+	mi := &file_snapshot_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -391,7 +391,7 @@ func (x *Collation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Collation.ProtoReflect.Descriptor instead.
 func (*Collation) Descriptor() ([]byte, []int) {
-	return file_snapshot_snapshotpb_snapshot_proto_rawDescGZIP(), []int{3}
+	return file_snapshot_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *Collation) GetName() *Name {
@@ -418,7 +418,7 @@ type Extension struct {
 
 func (x *Extension) Reset() {
 	*x = Extension{}
-	mi := &file_snapshot_snapshotpb_snapshot_proto_msgTypes[4]
+	mi := &file_snapshot_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -430,7 +430,7 @@ func (x *Extension) String() string {
 func (*Extension) ProtoMessage() {}
 
 func (x *Extension) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshot_snapshotpb_snapshot_proto_msgTypes[4]
+	mi := &file_snapshot_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -443,7 +443,7 @@ func (x *Extension) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Extension.ProtoReflect.Descriptor instead.
 func (*Extension) Descriptor() ([]byte, []int) {
-	return file_snapshot_snapshotpb_snapshot_proto_rawDescGZIP(), []int{4}
+	return file_snapshot_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Extension) GetName() string {
@@ -473,7 +473,7 @@ type Table struct {
 
 func (x *Table) Reset() {
 	*x = Table{}
-	mi := &file_snapshot_snapshotpb_snapshot_proto_msgTypes[5]
+	mi := &file_snapshot_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -485,7 +485,7 @@ func (x *Table) String() string {
 func (*Table) ProtoMessage() {}
 
 func (x *Table) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshot_snapshotpb_snapshot_proto_msgTypes[5]
+	mi := &file_snapshot_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -498,7 +498,7 @@ func (x *Table) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Table.ProtoReflect.Descriptor instead.
 func (*Table) Descriptor() ([]byte, []int) {
-	return file_snapshot_snapshotpb_snapshot_proto_rawDescGZIP(), []int{5}
+	return file_snapshot_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Table) GetName() *Name {
@@ -546,7 +546,7 @@ type Part struct {
 
 func (x *Part) Reset() {
 	*x = Part{}
-	mi := &file_snapshot_snapshotpb_snapshot_proto_msgTypes[6]
+	mi := &file_snapshot_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -558,7 +558,7 @@ func (x *Part) String() string {
 func (*Part) ProtoMessage() {}
 
 func (x *Part) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshot_snapshotpb_snapshot_proto_msgTypes[6]
+	mi := &file_snapshot_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -571,7 +571,7 @@ func (x *Part) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Part.ProtoReflect.Descriptor instead.
 func (*Part) Descriptor() ([]byte, []int) {
-	return file_snapshot_snapshotpb_snapshot_proto_rawDescGZIP(), []int{6}
+	return file_snapshot_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Part) GetTable() uint32 {
@@ -599,7 +599,7 @@ type Sequence struct {
 
 func (x *Sequence) Reset() {
 	*x = Sequence{}
-	mi := &file_snapshot_snapshotpb_snapshot_proto_msgTypes[7]
+	mi := &file_snapshot_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -611,7 +611,7 @@ func (x *Sequence) String() string {
 func (*Sequence) ProtoMessage() {}
 
 func (x *Sequence) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshot_snapshotpb_snapshot_proto_msgTypes[7]
+	mi := &file_snapshot_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -624,7 +624,7 @@ func (x *Sequence) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Sequence.ProtoReflect.Descriptor instead.
 func (*Sequence) Descriptor() ([]byte, []int) {
-	return file_snapshot_snapshotpb_snapshot_proto_rawDescGZIP(), []int{7}
+	return file_snapshot_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Sequence) GetName() *Name {
@@ -658,7 +658,7 @@ type CatalogEntry struct {
 
 func (x *CatalogEntry) Reset() {
 	*x = CatalogEntry{}
-	mi := &file_snapshot_snapshotpb_snapshot_proto_msgTypes[8]
+	mi := &file_snapshot_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -670,7 +670,7 @@ func (x *CatalogEntry) String() string {
 func (*CatalogEntry) ProtoMessage() {}
 
 func (x *CatalogEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshot_snapshotpb_snapshot_proto_msgTypes[8]
+	mi := &file_snapshot_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -683,7 +683,7 @@ func (x *CatalogEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CatalogEntry.ProtoReflect.Descriptor instead.
 func (*CatalogEntry) Descriptor() ([]byte, []int) {
-	return file_snapshot_snapshotpb_snapshot_proto_rawDescGZIP(), []int{8}
+	return file_snapshot_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *CatalogEntry) GetCatalog() uint32 {
@@ -710,7 +710,7 @@ type FetchRequest struct {
 
 func (x *FetchRequest) Reset() {
 	*x = FetchRequest{}
-	mi := &file_snapshot_snapshotpb_snapshot_proto_msgTypes[9]
+	mi := &file_snapshot_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -722,7 +722,7 @@ func (x *FetchRequest) String() string {
 func (*FetchRequest) ProtoMessage() {}
 
 func (x *FetchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshot_snapshotpb_snapshot_proto_msgTypes[9]
+	mi := &file_snapshot_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -735,7 +735,7 @@ func (x *FetchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FetchRequest.ProtoReflect.Descriptor instead.
 func (*FetchRequest) Descriptor() ([]byte, []int) {
-	return file_snapshot_snapshotpb_snapshot_proto_rawDescGZIP(), []int{9}
+	return file_snapshot_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *FetchRequest) GetImage() uint64 {
@@ -768,7 +768,7 @@ type Chunk struct {
 
 func (x *Chunk) Reset() {
 	*x = Chunk{}
-	mi := &file_snapshot_snapshotpb_snapshot_proto_msgTypes[10]
+	mi := &file_snapshot_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -780,7 +780,7 @@ func (x *Chunk) String() string {
 func (*Chunk) ProtoMessage() {}
 
 func (x *Chunk) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshot_snapshotpb_snapshot_proto_msgTypes[10]
+	mi := &file_snapshot_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -793,7 +793,7 @@ func (x *Chunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Chunk.ProtoReflect.Descriptor instead.
 func (*Chunk) Descriptor() ([]byte, []int) {
-	return file_snapshot_snapshotpb_snapshot_proto_rawDescGZIP(), []int{10}
+	return file_snapshot_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Chunk) GetIndex() uint64 {
@@ -861,7 +861,7 @@ type CompleteRequest struct {
 
 func (x *CompleteRequest) Reset() {
 	*x = CompleteRequest{}
-	mi := &file_snapshot_snapshotpb_snapshot_proto_msgTypes[11]
+	mi := &file_snapshot_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -873,7 +873,7 @@ func (x *CompleteRequest) String() string {
 func (*CompleteRequest) ProtoMessage() {}
 
 func (x *CompleteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshot_snapshotpb_snapshot_proto_msgTypes[11]
+	mi := &file_snapshot_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -886,7 +886,7 @@ func (x *CompleteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CompleteRequest.ProtoReflect.Descriptor instead.
 func (*CompleteRequest) Descriptor() ([]byte, []int) {
-	return file_snapshot_snapshotpb_snapshot_proto_rawDescGZIP(), []int{11}
+	return file_snapshot_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *CompleteRequest) GetImage() uint64 {
@@ -904,7 +904,7 @@ type CompleteResponse struct {
 
 func (x *CompleteResponse) Reset() {
 	*x = CompleteResponse{}
-	mi := &file_snapshot_snapshotpb_snapshot_proto_msgTypes[12]
+	mi := &file_snapshot_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -916,7 +916,7 @@ func (x *CompleteResponse) String() string {
 func (*CompleteResponse) ProtoMessage() {}
 
 func (x *CompleteResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_snapshot_snapshotpb_snapshot_proto_msgTypes[12]
+	mi := &file_snapshot_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -929,14 +929,14 @@ func (x *CompleteResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CompleteResponse.ProtoReflect.Descriptor instead.
 func (*CompleteResponse) Descriptor() ([]byte, []int) {
-	return file_snapshot_snapshotpb_snapshot_proto_rawDescGZIP(), []int{12}
+	return file_snapshot_proto_rawDescGZIP(), []int{12}
 }
 
-var File_snapshot_snapshotpb_snapshot_proto protoreflect.FileDescriptor
+var File_snapshot_proto protoreflect.FileDescriptor
 
-const file_snapshot_snapshotpb_snapshot_proto_rawDesc = "" +
+const file_snapshot_proto_rawDesc = "" +
 	"\n" +
-	"\"snapshot/snapshotpb/snapshot.proto\x12\x13quorate.snapshot.v1\"H\n" +
+	"\x0esnapshot.proto\x12\x13quorate.snapshot.v1\"H\n" +
 	"\vOpenRequest\x12\x1d\n" +
 	"\n" +
 	"cluster_id\x18\x01 \x01(\tR\tclusterId\x12\x1a\n" +
@@ -1018,20 +1018,20 @@ const file_snapshot_snapshotpb_snapshot_proto_rawDesc = "" +
 	"\bComplete\x12$.quorate.snapshot.v1.CompleteRequest\x1a%.quorate.snapshot.v1.CompleteResponseB\x1dZ\x1bquorate/snapshot/snapshotpbb\x06proto3"
 
 var (
-	file_snapshot_snapshotpb_snapshot_proto_rawDescOnce sync.Once
-	file_snapshot_snapshotpb_snapshot_proto_rawDescData []byte
+	file_snapshot_proto_rawDescOnce sync.Once
+	file_snapshot_proto_rawDescData []byte
 )
 
-func file_snapshot_snapshotpb_snapshot_proto_rawDescGZIP() []byte {
-	file_snapshot_snapshotpb_snapshot_proto_rawDescOnce.Do(func() {
-		file_snapshot_snapshotpb_snapshot_proto_rawDescData = protoimpl.X.CompressGZIP(unsafe.Slice(unsafe.StringData(file_snapshot_snapshotpb_snapshot_proto_rawDesc), len(file_snapshot_snapshotpb_snapshot_proto_rawDesc)))
+func file_snapshot_proto_rawDescGZIP() []byte {
+	file_snapshot_proto_rawDescOnce.Do(func() {
+		file_snapshot_proto_rawDescData = protoimpl.X.CompressGZIP(unsafe.Slice(unsafe.StringData(file_snapshot_proto_rawDesc), len(file_snapshot_proto_rawDesc)))
 	})
-	return file_snapshot_snapshotpb_snapshot_proto_rawDescData
+	return file_snapshot_proto_rawDescData
 }
 
-var file_snapshot_snapshotpb_snapshot_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_snapshot_snapshotpb_snapshot_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
-var file_snapshot_snapshotpb_snapshot_proto_goTypes = []any{
+var file_snapshot_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
+var file_snapshot_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
+var file_snapshot_proto_goTypes = []any{
 	(Codec)(0),               // 0: quorate.snapshot.v1.Codec
 	(*OpenRequest)(nil),      // 1: quorate.snapshot.v1.OpenRequest
 	(*Manifest)(nil),         // 2: quorate.snapshot.v1.Manifest
@@ -1047,7 +1047,7 @@ var file_snapshot_snapshotpb_snapshot_proto_goTypes = []any{
 	(*CompleteRequest)(nil),  // 12: quorate.snapshot.v1.CompleteRequest
 	(*CompleteResponse)(nil), // 13: quorate.snapshot.v1.CompleteResponse
 }
-var file_snapshot_snapshotpb_snapshot_proto_depIdxs = []int32{
+var file_snapshot_proto_depIdxs = []int32{
 	4,  // 0: quorate.snapshot.v1.Manifest.collations:type_name -> quorate.snapshot.v1.Collation
 	5,  // 1: quorate.snapshot.v1.Manifest.extensions:type_name -> quorate.snapshot.v1.Extension
 	6,  // 2: quorate.snapshot.v1.Manifest.tables:type_name -> quorate.snapshot.v1.Table
@@ -1072,27 +1072,27 @@ var file_snapshot_snapshotpb_snapshot_proto_depIdxs = []int32{
 	0,  // [0:11] is the sub-list for field type_name
 }
 
-func init() { file_snapshot_snapshotpb_snapshot_proto_init() }
-func file_snapshot_snapshotpb_snapshot_proto_init() {
-	if File_snapshot_snapshotpb_snapshot_proto != nil {
+func init() { file_snapshot_proto_init() }
+func file_snapshot_proto_init() {
+	if File_snapshot_proto != nil {
 		return
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
-			RawDescriptor: unsafe.Slice(unsafe.StringData(file_snapshot_snapshotpb_snapshot_proto_rawDesc), len(file_snapshot_snapshotpb_snapshot_proto_rawDesc)),
+			RawDescriptor: unsafe.Slice(unsafe.StringData(file_snapshot_proto_rawDesc), len(file_snapshot_proto_rawDesc)),
 			NumEnums:      1,
 			NumMessages:   13,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
-		GoTypes:           file_snapshot_snapshotpb_snapshot_proto_goTypes,
-		DependencyIndexes: file_snapshot_snapshotpb_snapshot_proto_depIdxs,
-		EnumInfos:         file_snapshot_snapshotpb_snapshot_proto_enumTypes,
-		MessageInfos:      file_snapshot_snapshotpb_snapshot_proto_msgTypes,
+		GoTypes:           file_snapshot_proto_goTypes,
+		DependencyIndexes: file_snapshot_proto_depIdxs,
+		EnumInfos:         file_snapshot_proto_enumTypes,
+		MessageInfos:      file_snapshot_proto_msgTypes,
 	}.Build()
-	File_snapshot_snapshotpb_snapshot_proto = out.File
-	file_snapshot_snapshotpb_snapshot_proto_goTypes = nil
-	file_snapshot_snapshotpb_snapshot_proto_depIdxs = nil
+	File_snapshot_proto = out.File
+	file_snapshot_proto_goTypes = nil
+	file_snapshot_proto_depIdxs = nil
 }

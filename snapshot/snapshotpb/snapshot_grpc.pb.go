@@ -2,7 +2,7 @@
 // versions:
 // - protoc-gen-go-grpc v1.6.2
 // - protoc             v3.21.12
-// source: snapshot/snapshotpb/snapshot.proto
+// source: snapshot.proto
 
 // Shipping a database image from one sidecar to another.
 
@@ -214,5 +214,5 @@ var Snapshot_ServiceDesc = grpc.ServiceDesc{
 			ServerStreams: true,
 		},
 	},
-	Metadata: "snapshot/snapshotpb/snapshot.proto",
+	Metadata: "snapshot.proto",
 }
