@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -159,18 +160,7 @@ func (db *database) swap(ctx context.Context) error {
 	})
 }
 
-func literal(s string) string { return "'" + pgQuote(s) + "'" }
-
-func pgQuote(s string) string {
-	out := make([]byte, 0, len(s))
-	for i := 0; i < len(s); i++ {
-		if s[i] == '\'' {
-			out = append(out, '\'')
-		}
-		out = append(out, s[i])
-	}
-	return string(out)
-}
+func literal(s string) string { return "'" + strings.ReplaceAll(s, "'", "''") + "'" }
 
 // seed replaces the replicated database by an image of a healthy region that
 // stands at or above a slot, under a new incarnation, and returns where in the log

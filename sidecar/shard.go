@@ -86,7 +86,6 @@ type shard struct {
 	stream     *capture.Stream
 	captured   entry.LSN // everything up to here was handed over
 	pending    []pendingPosition
-	confirmed  entry.LSN
 	held       bool              // confirm nothing: a proof is under way
 	capturing  capturing         // the transaction that is being handed over
 	unproposed bool              // commits were captured that nobody proposed
@@ -313,10 +312,7 @@ func (s *shard) confirm() {
 		}
 	}
 	s.pending = append(s.pending[:0], s.pending[n:]...)
-	if to > s.confirmed {
-		s.confirmed = to
-		s.stream.Confirm(to)
-	}
+	s.stream.Confirm(to)
 }
 
 // condemn marks this database as one that must be replaced. The caller holds mu.
@@ -468,7 +464,6 @@ func (s *shard) startOver(stream *capture.Stream) {
 	s.pending = s.pending[:0]
 	s.seen = s.seen[:0]
 	s.captured = 0
-	s.confirmed = 0
 	s.unproposed = false
 	s.capturing = capturing{}
 	if !s.restart.IsZero() && s.restart == s.term.ballot && s.term.incarnation == s.incarnation {

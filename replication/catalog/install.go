@@ -11,6 +11,8 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
+
+	"quorate/replication/entry"
 )
 
 //go:embed migrations/*.sql
@@ -19,8 +21,8 @@ var migrations embed.FS
 // Schema holds everything but the trigger functions, which are in FenceSchema.
 // Capture leaves both out of entries.
 const (
-	Schema      = "quorate"
-	FenceSchema = "quorate_fence"
+	Schema      = entry.LocalSchema
+	FenceSchema = entry.FenceSchema
 )
 
 // ApplicationName leads the application_name of every session of a sidecar.
