@@ -220,6 +220,13 @@ const (
 	MsgLearn        MessageKind = 11 // chosen Entries from Slot on; Chosen of the sender
 	MsgTimeoutNow   MessageKind = 12 // campaign at once: leadership is handed to you
 	MsgNeedSnapshot MessageKind = 13 // what you fetch is below my base
+
+	// Between sidecars, in group 0, for all groups at once (beat.go).
+	MsgBeat    MessageKind = 14 // heartbeat of every leadership that its receiver has registered; SentAt is echoed
+	MsgBeatAck MessageKind = 15 // lease grant to every leadership registered under Life and Generation
+
+	MsgReadIndex      MessageKind = 16 // up to where must one read, to see all that is acknowledged by now? ID and SentAt are echoed
+	MsgReadIndexReply MessageKind = 17 // Granted: up to Slot
 )
 
 // Message is what replicas of one group send each other. Which fields are set
@@ -239,6 +246,11 @@ type Message struct {
 	Slots    []Slot
 	Accepted []AcceptedEntry
 	Entries  []SlotEntry
+
+	Shared     bool   // heartbeat: beats may stand for it from now on; its ack: they do
+	Life       uint64 // with Shared, and of a beat and its ack: which life of the sender's process
+	Generation uint64 // with Life: what of that life the beat, or the ack, stands for
+	ID         uint64 // of a MsgReadIndex and its reply
 }
 
 // Ready is what the caller owes the core, to be paid in field order.

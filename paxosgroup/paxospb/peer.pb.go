@@ -454,6 +454,10 @@ type GroupMessage struct {
 	Slots         []uint64               `protobuf:"varint,13,rep,packed,name=slots,proto3" json:"slots,omitempty"`
 	Accepted      []*AcceptedEntry       `protobuf:"bytes,14,rep,name=accepted,proto3" json:"accepted,omitempty"`
 	Entries       []*SlotEntry           `protobuf:"bytes,15,rep,name=entries,proto3" json:"entries,omitempty"`
+	Shared        bool                   `protobuf:"varint,16,opt,name=shared,proto3" json:"shared,omitempty"`
+	Life          uint64                 `protobuf:"fixed64,17,opt,name=life,proto3" json:"life,omitempty"`
+	Generation    uint64                 `protobuf:"varint,18,opt,name=generation,proto3" json:"generation,omitempty"`
+	Id            uint64                 `protobuf:"fixed64,19,opt,name=id,proto3" json:"id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -593,6 +597,34 @@ func (x *GroupMessage) GetEntries() []*SlotEntry {
 	return nil
 }
 
+func (x *GroupMessage) GetShared() bool {
+	if x != nil {
+		return x.Shared
+	}
+	return false
+}
+
+func (x *GroupMessage) GetLife() uint64 {
+	if x != nil {
+		return x.Life
+	}
+	return 0
+}
+
+func (x *GroupMessage) GetGeneration() uint64 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
+func (x *GroupMessage) GetId() uint64 {
+	if x != nil {
+		return x.Id
+	}
+	return 0
+}
+
 var File_peer_proto protoreflect.FileDescriptor
 
 const file_peer_proto_rawDesc = "" +
@@ -626,7 +658,7 @@ const file_peer_proto_rawDesc = "" +
 	"\rAcceptedEntry\x12\x12\n" +
 	"\x04slot\x18\x01 \x01(\x04R\x04slot\x120\n" +
 	"\x06ballot\x18\x02 \x01(\v2\x18.quorate.paxos.v1.BallotR\x06ballot\x12-\n" +
-	"\x05entry\x18\x03 \x01(\v2\x17.quorate.paxos.v1.EntryR\x05entry\"\xe3\x03\n" +
+	"\x05entry\x18\x03 \x01(\v2\x17.quorate.paxos.v1.EntryR\x05entry\"\xbf\x04\n" +
 	"\fGroupMessage\x12\x14\n" +
 	"\x05group\x18\x01 \x01(\rR\x05group\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\rR\x04kind\x12\x12\n" +
@@ -643,7 +675,13 @@ const file_peer_proto_rawDesc = "" +
 	"\breleased\x18\f \x01(\v2\x18.quorate.paxos.v1.BallotR\breleased\x12\x14\n" +
 	"\x05slots\x18\r \x03(\x04R\x05slots\x12;\n" +
 	"\baccepted\x18\x0e \x03(\v2\x1f.quorate.paxos.v1.AcceptedEntryR\baccepted\x125\n" +
-	"\aentries\x18\x0f \x03(\v2\x1b.quorate.paxos.v1.SlotEntryR\aentries2H\n" +
+	"\aentries\x18\x0f \x03(\v2\x1b.quorate.paxos.v1.SlotEntryR\aentries\x12\x16\n" +
+	"\x06shared\x18\x10 \x01(\bR\x06shared\x12\x12\n" +
+	"\x04life\x18\x11 \x01(\x06R\x04life\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x12 \x01(\x04R\n" +
+	"generation\x12\x0e\n" +
+	"\x02id\x18\x13 \x01(\x06R\x02id2H\n" +
 	"\x04Peer\x12@\n" +
 	"\bMessages\x12\x17.quorate.paxos.v1.Frame\x1a\x17.quorate.paxos.v1.Reply(\x010\x01B\x1cZ\x1aquorate/paxosgroup/paxospbb\x06proto3"
 

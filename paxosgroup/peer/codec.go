@@ -73,6 +73,11 @@ const (
 	messageAccepted = 14
 	messageEntries  = 15
 
+	messageShared     = 16
+	messageLife       = 17
+	messageGeneration = 18
+	messageID         = 19
+
 	ballotCounter = 1
 	ballotReplica = 2
 
@@ -160,6 +165,19 @@ func sizeMessage(g *GroupMessage) int {
 	if m.Transfer {
 		n += 2
 	}
+	// The tags of fields from 16 on take two bytes.
+	if m.Shared {
+		n += 3
+	}
+	if m.Life != 0 {
+		n += 2 + 8
+	}
+	if m.Generation != 0 {
+		n += 2 + sizeVarint(m.Generation)
+	}
+	if m.ID != 0 {
+		n += 2 + 8
+	}
 	if len(m.Slots) > 0 {
 		n += sizeBytes(sizeSlots(m.Slots))
 	}
@@ -241,6 +259,13 @@ func (e *encoder) uint(field protowire.Number, v uint64) {
 	}
 }
 
+func (e *encoder) fixed(field protowire.Number, v uint64) {
+	if v != 0 {
+		e.b = protowire.AppendTag(e.b, field, protowire.Fixed64Type)
+		e.b = protowire.AppendFixed64(e.b, v)
+	}
+}
+
 func (e *encoder) ballot(field protowire.Number, b paxosgroup.Ballot) {
 	if !b.IsZero() {
 		e.length(field, sizeBallot(b))
@@ -306,6 +331,10 @@ func (e *encoder) message(g *GroupMessage) {
 		e.uint(slotEntrySlot, uint64(s.Slot))
 		e.entry(slotEntryEntry, &s.Entry)
 	}
+	e.uint(messageShared, protowire.EncodeBool(m.Shared))
+	e.fixed(messageLife, m.Life)
+	e.uint(messageGeneration, m.Generation)
+	e.fixed(messageID, m.ID)
 }
 
 var errMalformed = errors.New("malformed frame")
@@ -446,6 +475,14 @@ func (d *decoder) message(b []byte, g *GroupMessage) error {
 		case messageEntries:
 			m.Entries = append(m.Entries, paxosgroup.SlotEntry{})
 			return d.slotEntry(p, &m.Entries[len(m.Entries)-1])
+		case messageShared:
+			m.Shared = v != 0
+		case messageLife:
+			m.Life = v
+		case messageGeneration:
+			m.Generation = v
+		case messageID:
+			m.ID = v
 		}
 		return nil
 	})
