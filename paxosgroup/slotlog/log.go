@@ -3,9 +3,11 @@ package slotlog
 import (
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
-	"os"
+	"maps"
 	"path/filepath"
+	"slices"
 	"sync"
 
 	"quorate/paxosgroup"
@@ -18,6 +20,10 @@ type Config struct {
 	// QueueBytesMax bounds what waits for the disk; Append blocks above it. 0 means 64 MiB.
 	QueueBytesMax int
 	Logger        *slog.Logger // nil discards
+	FS            FS           // nil is the operating system's
+	// Manual leaves the log without goroutines: its owner calls Flush, and Append
+	// never blocks. With an FS that does the same each time, so does the log.
+	Manual bool
 }
 
 const (
@@ -43,6 +49,9 @@ func (c *Config) fill() error {
 	if c.QueueBytesMax == 0 {
 		c.QueueBytesMax = queueBytesDefault
 	}
+	if c.FS == nil {
+		c.FS = osFS{}
+	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
@@ -63,7 +72,7 @@ type Stats struct {
 // Log is an open log. Its methods may be called from any goroutine.
 type Log struct {
 	cfg  Config
-	lock *os.File
+	lock io.Closer
 
 	// files keeps segment files open while they are read. Taken before mu.
 	files sync.RWMutex
@@ -86,11 +95,12 @@ type Log struct {
 	work    chan struct{} // holds a token when the writer has something to do
 	stopped chan struct{} // closed when the writer has ended
 
+	unused   []*segment           // not needed any more, to be deleted, oldest first; the writer's
 	prepared chan preparedSegment // holds the next segment's file, or why there is none; the writer's
 }
 
 type preparedSegment struct {
-	file *os.File
+	file File
 	err  error
 }
 
@@ -120,7 +130,7 @@ func (l *Log) Append(g paxosgroup.GroupID, recs []paxosgroup.Record, durable fun
 	}
 
 	l.mu.Lock()
-	for l.err == nil && !l.closed && l.queued > 0 && l.queued+size > l.cfg.QueueBytesMax {
+	for l.err == nil && !l.closed && !l.cfg.Manual && l.queued > 0 && l.queued+size > l.cfg.QueueBytesMax {
 		l.room.Wait()
 	}
 	if l.closed {
@@ -296,7 +306,8 @@ func (l *Log) putStates() *batch {
 	b := l.open()
 	b.buf = l.buffer()
 	b.flush = true
-	for g, gr := range l.groups {
+	for _, g := range slices.Sorted(maps.Keys(l.groups)) {
+		gr := l.groups[g]
 		b.buf = appendRecord(b.buf, b.seg.sequence, b.end(), typeState, g, func(dst []byte) []byte {
 			return appendState(dst, gr.state)
 		})
@@ -376,6 +387,11 @@ func (l *Log) Close() error {
 	l.closed = true
 	l.room.Broadcast()
 	l.mu.Unlock()
+	if l.cfg.Manual {
+		for l.Flush() {
+		}
+		close(l.stopped)
+	}
 	l.wake()
 	<-l.stopped
 
@@ -383,9 +399,9 @@ func (l *Log) Close() error {
 	defer l.files.Unlock()
 	errs := []error{l.err}
 	if p := <-l.prepared; p.file != nil {
-		errs = append(errs, p.file.Close(), os.Remove(filepath.Join(l.cfg.Dir, preparedName)))
+		errs = append(errs, p.file.Close(), l.cfg.FS.Remove(filepath.Join(l.cfg.Dir, preparedName)))
 	}
-	for _, s := range l.segments {
+	for _, s := range append(l.unused, l.segments...) {
 		if s.file != nil {
 			errs = append(errs, s.file.Close())
 			s.file = nil

@@ -2,7 +2,6 @@ package slotlog
 
 import (
 	"fmt"
-	"os"
 
 	"quorate/paxosgroup"
 )
@@ -70,7 +69,7 @@ func (l *Log) entry(g paxosgroup.GroupID, slot paxosgroup.Slot) (paxosgroup.Entr
 
 // find returns the frame of a slot, copied from memory if it is not flushed yet;
 // else a buffer of its size and the file to read it from.
-func (l *Log) find(g paxosgroup.GroupID, slot paxosgroup.Slot) ([]byte, location, *os.File, error) {
+func (l *Log) find(g paxosgroup.GroupID, slot paxosgroup.Slot) ([]byte, location, File, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if at, ok := l.missed[g]; ok && slot >= at {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -20,10 +21,10 @@ func Open(cfg Config) (*Log, map[paxosgroup.GroupID]paxosgroup.Restored, error) 
 	if err := cfg.fill(); err != nil {
 		return nil, nil, err
 	}
-	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {
+	if err := cfg.FS.MkdirAll(cfg.Dir, 0o700); err != nil {
 		return nil, nil, fmt.Errorf("create directory of slot log: %w", full(err))
 	}
-	lock, err := lockDir(cfg.Dir)
+	lock, err := lockDir(cfg.FS, cfg.Dir)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -48,19 +49,21 @@ func Open(cfg Config) (*Log, map[paxosgroup.GroupID]paxosgroup.Restored, error) 
 		return nil, nil, errors.Join(append(errs, lock.Close())...)
 	}
 	l.prepare()
-	go l.write()
-	l.wake()
+	if !cfg.Manual {
+		go l.write()
+		l.wake()
+	}
 	return l, restored, nil
 }
 
 // load reads every segment, cuts a torn tail and leaves the log ready to be
 // appended to.
 func (l *Log) load() (map[paxosgroup.GroupID]paxosgroup.Restored, error) {
-	sequences, err := listSegments(l.cfg.Dir)
+	sequences, err := listSegments(l.cfg.FS, l.cfg.Dir)
 	if err != nil {
 		return nil, err
 	}
-	if err := os.Remove(filepath.Join(l.cfg.Dir, preparedName)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := l.cfg.FS.Remove(filepath.Join(l.cfg.Dir, preparedName)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("remove prepared segment: %w", err)
 	}
 	rec := recovery{log: l, votes: make(map[paxosgroup.GroupID]*votes)}
@@ -73,6 +76,10 @@ func (l *Log) load() (map[paxosgroup.GroupID]paxosgroup.Restored, error) {
 	if err != nil {
 		return nil, err
 	}
+	// The last process may have ended before it flushed the names.
+	if err := l.cfg.FS.SyncDir(l.cfg.Dir); err != nil {
+		return nil, err
+	}
 	// The process may have ended between two segments.
 	switch {
 	case rec.sealed:
@@ -82,11 +89,11 @@ func (l *Log) load() (map[paxosgroup.GroupID]paxosgroup.Restored, error) {
 	}
 	if len(l.segments) == 0 {
 		first := &segment{sequence: 1, size: l.cfg.SegmentBytes}
-		f, err := prepareSegment(l.cfg.Dir, first.size)
+		f, err := prepareSegment(l.cfg.FS, l.cfg.Dir, first.size)
 		if err != nil {
 			return nil, err
 		}
-		if err := publishSegment(l.cfg.Dir, f, first); err != nil {
+		if err := publishSegment(l.cfg.FS, l.cfg.Dir, f, first); err != nil {
 			return nil, errors.Join(err, f.Close())
 		}
 		first.file = f
@@ -98,14 +105,14 @@ func (l *Log) load() (map[paxosgroup.GroupID]paxosgroup.Restored, error) {
 
 // listSegments returns the sequence numbers of the segments, ascending and
 // without a gap.
-func listSegments(dir string) ([]uint64, error) {
-	files, err := os.ReadDir(dir)
+func listSegments(files FS, dir string) ([]uint64, error) {
+	names, err := files.ReadDir(dir)
 	if err != nil {
 		return nil, err
 	}
 	var sequences []uint64
-	for _, f := range files {
-		if sequence, ok := parseSegmentName(f.Name()); ok {
+	for _, name := range names {
+		if sequence, ok := parseSegmentName(name); ok {
 			sequences = append(sequences, sequence)
 		}
 	}
@@ -149,21 +156,23 @@ func (rec *recovery) segment(sequence uint64, last bool) error {
 	l := rec.log
 	name := segmentName(sequence)
 	path := filepath.Join(l.cfg.Dir, name)
-	b, err := os.ReadFile(path)
+	file, err := l.cfg.FS.OpenFile(path, os.O_RDWR, 0)
 	if err != nil {
 		return err
+	}
+	seg := &segment{sequence: sequence, file: file}
+	l.segments = append(l.segments, seg)
+	b, err := readAll(file)
+	if err != nil {
+		return fmt.Errorf("read %s: %w", name, err)
 	}
 	if err := checkSegmentHeader(b, name, sequence); err != nil {
 		return err
 	}
-	file, err := os.OpenFile(path, os.O_RDWR, 0)
-	if err != nil {
-		return err
-	}
-	seg := &segment{sequence: sequence, size: int64(len(b)), file: file}
-	l.segments = append(l.segments, seg)
+	seg.size = int64(len(b))
 
 	offset := int64(segmentHeaderBytes)
+	lastBatch := offset
 	rec.sealed = false
 	for !rec.sealed && offset+batchHeaderBytes <= seg.size {
 		h, ok := readBatchHeader(b[offset:], sequence, offset)
@@ -192,13 +201,36 @@ func (rec *recovery) segment(sequence uint64, last bool) error {
 			}
 		}
 		l.number = h.number + 1
-		offset = end
+		lastBatch, offset = offset, end
 	}
 	if !last && !rec.sealed {
 		return &CorruptError{File: name, Offset: offset, What: "the segment has no end, though another follows"}
 	}
 	l.offset = offset
+	if last && lastBatch < offset {
+		// What is read here may be in memory alone: a flush that failed leaves its
+		// pages there, marked as clean, and no later flush would write them. Each
+		// batch but the last had been flushed before the next was begun.
+		if _, err := file.WriteAt(b[lastBatch:offset], lastBatch); err != nil {
+			return fmt.Errorf("write the last batch of %s again: %w", name, err)
+		}
+		if err := file.Datasync(); err != nil {
+			return fmt.Errorf("flush the last batch of %s: %w", name, err)
+		}
+	}
 	return rec.tail(seg, b, offset, name)
+}
+
+func readAll(f File) ([]byte, error) {
+	size, err := f.Size()
+	if err != nil {
+		return nil, err
+	}
+	b := make([]byte, size)
+	if n, err := f.ReadAt(b, 0); n < len(b) {
+		return nil, err
+	}
+	return b, nil
 }
 
 // tail checks what lies behind the last good batch: nothing, or the trace of a
@@ -228,7 +260,7 @@ func (rec *recovery) tail(seg *segment, b []byte, offset int64, name string) err
 	if _, err := seg.file.WriteAt(make([]byte, end), offset); err != nil {
 		return fmt.Errorf("cut torn write at %d of %s: %w", offset, name, err)
 	}
-	if err := fdatasync(seg.file); err != nil {
+	if err := seg.file.Datasync(); err != nil {
 		return fmt.Errorf("cut torn write at %d of %s: %w", offset, name, err)
 	}
 	rec.log.cfg.Logger.Warn("slot log: cut off a write that did not end before the last stop; nothing rested on it",
@@ -330,7 +362,8 @@ func (rec *recovery) take(seg *segment, r placedRecord) error {
 // restored checks that nothing is missing and returns what the cores start from.
 func (rec *recovery) restored() (map[paxosgroup.GroupID]paxosgroup.Restored, error) {
 	restored := make(map[paxosgroup.GroupID]paxosgroup.Restored)
-	for id, gr := range rec.log.groups {
+	for _, id := range slices.Sorted(maps.Keys(rec.log.groups)) {
+		gr := rec.log.groups[id]
 		for slot := gr.state.base.Slot + 1; slot <= gr.state.chosen; slot++ {
 			if gr.index.get(slot) == (location{}) {
 				return nil, &CorruptError{File: segmentName(rec.log.segments[0].sequence), Group: id, Slot: slot,

@@ -295,7 +295,7 @@ func TestPromiseOutlivesTheSegmentThatHeldIt(t *testing.T) {
 
 func listed(t testing.TB, dir string) []uint64 {
 	t.Helper()
-	sequences, err := listSegments(dir)
+	sequences, err := listSegments(osFS{}, dir)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"io"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -28,8 +29,8 @@ const (
 type segment struct {
 	sequence uint64
 	size     int64
-	file     *os.File // nil until the writer created it
-	entries  int      // index entries that point here
+	file     File // nil until the writer created it
+	entries  int  // index entries that point here
 }
 
 func segmentName(sequence uint64) string {
@@ -84,37 +85,21 @@ func checkSegmentHeader(b []byte, name string, sequence uint64) error {
 
 // prepareSegment makes the next segment's file, without header, under a name
 // that recovery ignores.
-func prepareSegment(dir string, size int64) (*os.File, error) {
+func prepareSegment(files FS, dir string, size int64) (File, error) {
 	path := filepath.Join(dir, preparedName)
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
+	f, err := files.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("prepare segment: %w", full(err))
 	}
-	if err := allocate(f, size); err != nil {
-		return nil, errors.Join(fmt.Errorf("prepare segment of %d bytes: %w", size, full(err)), f.Close(), os.Remove(path))
+	if err := f.Allocate(size); err != nil {
+		return nil, errors.Join(fmt.Errorf("prepare segment of %d bytes: %w", size, full(err)), f.Close(), files.Remove(path))
 	}
 	return f, nil
 }
 
-// allocate gives f size bytes of zeros that no later write can fail to find
-// room for.
-func allocate(f *os.File, size int64) error {
-	err := ignoringEINTR(func() error { return unix.Fallocate(int(f.Fd()), 0, 0, size) })
-	if errors.Is(err, unix.EOPNOTSUPP) {
-		zeros := make([]byte, 1<<20)
-		for at := int64(0); at < size; at += int64(len(zeros)) {
-			if _, err := f.WriteAt(zeros[:min(int64(len(zeros)), size-at)], at); err != nil {
-				return err
-			}
-		}
-		err = nil
-	}
-	return err
-}
-
 // publishSegment writes the header of a prepared file, flushes it and gives it
 // its name.
-func publishSegment(dir string, f *os.File, s *segment) error {
+func publishSegment(files FS, dir string, f File, s *segment) error {
 	if _, err := f.WriteAt(segmentHeader(s.sequence, s.size), 0); err != nil {
 		return fmt.Errorf("write header of segment %d: %w", s.sequence, full(err))
 	}
@@ -123,50 +108,23 @@ func publishSegment(dir string, f *os.File, s *segment) error {
 		return fmt.Errorf("flush header of segment %d: %w", s.sequence, full(err))
 	}
 	path := filepath.Join(dir, segmentName(s.sequence))
-	if err := os.Rename(filepath.Join(dir, preparedName), path); err != nil {
+	if err := files.Rename(filepath.Join(dir, preparedName), path); err != nil {
 		return fmt.Errorf("name segment %d: %w", s.sequence, full(err))
 	}
-	return syncDir(dir)
-}
-
-func fdatasync(f *os.File) error {
-	return ignoringEINTR(func() error { return unix.Fdatasync(int(f.Fd())) })
-}
-
-func ignoringEINTR(call func() error) error {
-	for {
-		if err := call(); !errors.Is(err, unix.EINTR) {
-			return err
-		}
-	}
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return fmt.Errorf("open log directory: %w", err)
-	}
-	if err := errors.Join(d.Sync(), d.Close()); err != nil {
-		return fmt.Errorf("flush log directory: %w", err)
-	}
-	return nil
+	return files.SyncDir(dir)
 }
 
 // lockDir makes sure that no other process uses the directory. The lock goes
 // with the process, however it ends.
-func lockDir(dir string) (*os.File, error) {
-	f, err := os.OpenFile(filepath.Join(dir, lockName), os.O_RDWR|os.O_CREATE, 0o600)
-	if err != nil {
-		if errors.Is(err, unix.EROFS) || errors.Is(err, os.ErrPermission) {
-			return nil, fmt.Errorf("slot log in %s cannot be written (mount it read-write, or give this user the directory): %w", dir, err)
-		}
-		return nil, fmt.Errorf("slot log in %s: %w", dir, full(err))
+func lockDir(files FS, dir string) (io.Closer, error) {
+	lock, err := files.Lock(dir)
+	switch {
+	case err == nil:
+		return lock, nil
+	case errors.Is(err, ErrLocked):
+		return nil, fmt.Errorf("slot log in %s: another process uses it (stop that sidecar, or give this one its own directory): %w", dir, err)
+	case errors.Is(err, unix.EROFS) || errors.Is(err, os.ErrPermission):
+		return nil, fmt.Errorf("slot log in %s cannot be written (mount it read-write, or give this user the directory): %w", dir, err)
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		if errors.Is(err, unix.EWOULDBLOCK) {
-			err = fmt.Errorf("another process uses it (stop that sidecar, or give this one its own directory): %w", ErrLocked)
-		}
-		return nil, errors.Join(fmt.Errorf("slot log in %s: %w", dir, err), f.Close())
-	}
-	return f, nil
+	return nil, fmt.Errorf("slot log in %s: %w", dir, full(err))
 }

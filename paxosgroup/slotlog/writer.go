@@ -3,7 +3,7 @@ package slotlog
 import (
 	"errors"
 	"fmt"
-	"os"
+	"io/fs"
 	"path/filepath"
 )
 
@@ -13,24 +13,42 @@ func (l *Log) write() {
 	defer close(l.stopped)
 	for range l.work {
 		for {
-			batches, callbacks, closing := l.take()
-			if len(batches) > 0 {
-				l.flush(batches)
+			did, closing := l.turn()
+			if !did && closing {
+				return
 			}
-			for _, durable := range callbacks {
-				l.mu.Lock()
-				err := l.err
-				l.mu.Unlock()
-				durable(err)
-			}
-			if len(batches) == 0 && len(callbacks) == 0 {
-				if closing {
-					return
-				}
+			if !did {
 				break
 			}
 		}
 	}
+}
+
+// Flush does what the log's goroutine does in one turn, for an owner who chose
+// Config.Manual: it writes and flushes what has gathered, calls the callbacks and
+// reports whether there was anything. It must not be called from a callback, nor
+// by two goroutines at once.
+func (l *Log) Flush() bool {
+	if !l.cfg.Manual {
+		panic("slotlog: Flush of a log that has a goroutine for it")
+	}
+	did, _ := l.turn()
+	return did
+}
+
+// turn flushes once and reports whether there was anything to do.
+func (l *Log) turn() (did, closing bool) {
+	batches, callbacks, closing := l.take()
+	if len(batches) > 0 {
+		l.flush(batches)
+	}
+	for _, durable := range callbacks {
+		l.mu.Lock()
+		err := l.err
+		l.mu.Unlock()
+		durable(err)
+	}
+	return len(batches) > 0 || len(callbacks) > 0, closing
 }
 
 // take returns the batches to flush now, and callbacks that wait for nothing
@@ -76,9 +94,8 @@ func (l *Log) flush(batches []*batch) {
 			l.recycle(b)
 		}
 	}
-	var dead []*segment
 	if err == nil {
-		dead = l.detachUnused(batches[len(batches)-1].seg)
+		l.unused = append(l.unused, l.detachUnused(batches[len(batches)-1].seg)...)
 	}
 	l.room.Broadcast()
 	l.mu.Unlock()
@@ -89,7 +106,7 @@ func (l *Log) flush(batches []*batch) {
 			durable(err)
 		}
 	}
-	if err := l.remove(dead); err != nil {
+	if err := l.remove(); err != nil {
 		l.cfg.Logger.Warn("slot log keeps a segment it does not need", "dir", l.cfg.Dir, "err", err)
 	}
 }
@@ -128,7 +145,7 @@ func (l *Log) writeBatches(batches []*batch) error {
 }
 
 func (l *Log) sync(s *segment) error {
-	if err := fdatasync(s.file); err != nil {
+	if err := s.file.Datasync(); err != nil {
 		return fmt.Errorf("flush segment %d: %w", s.sequence, full(err))
 	}
 	l.mu.Lock()
@@ -146,14 +163,14 @@ func (l *Log) create(s *segment) error {
 			p.err = p.file.Close()
 		}
 		if p.err == nil {
-			p.file, p.err = prepareSegment(l.cfg.Dir, s.size)
+			p.file, p.err = prepareSegment(l.cfg.FS, l.cfg.Dir, s.size)
 		}
 	}
 	if p.err != nil {
 		l.prepared <- preparedSegment{}
 		return p.err
 	}
-	if err := publishSegment(l.cfg.Dir, p.file, s); err != nil {
+	if err := publishSegment(l.cfg.FS, l.cfg.Dir, p.file, s); err != nil {
 		l.prepared <- preparedSegment{}
 		return errors.Join(err, p.file.Close())
 	}
@@ -167,8 +184,12 @@ func (l *Log) create(s *segment) error {
 // prepare makes the next segment's file in the background: Close, or the next
 // create, waits for it.
 func (l *Log) prepare() {
+	if l.cfg.Manual {
+		l.prepared <- preparedSegment{} // made when it is needed
+		return
+	}
 	go func() {
-		f, err := prepareSegment(l.cfg.Dir, l.cfg.SegmentBytes)
+		f, err := prepareSegment(l.cfg.FS, l.cfg.Dir, l.cfg.SegmentBytes)
 		if err != nil {
 			l.cfg.Logger.Warn("slot log cannot prepare its next segment", "dir", l.cfg.Dir, "err", err)
 			// Tried again when it is needed: there may be room by then.
@@ -191,21 +212,30 @@ func (l *Log) detachUnused(current *segment) []*segment {
 	return dead
 }
 
-// remove deletes the files of segments, oldest first, once nobody reads them.
-func (l *Log) remove(dead []*segment) error {
-	if len(dead) == 0 {
+// remove deletes the files of unused segments, oldest first, once nobody reads
+// them. One that cannot be deleted stays with all behind it until the next time,
+// so that what is there is always without a gap.
+func (l *Log) remove() error {
+	if len(l.unused) == 0 {
 		return nil
 	}
 	l.files.Lock()
 	defer l.files.Unlock()
-	for _, s := range dead {
-		if err := errors.Join(s.file.Close(), os.Remove(filepath.Join(l.cfg.Dir, segmentName(s.sequence)))); err != nil {
+	for len(l.unused) > 0 {
+		s := l.unused[0]
+		if s.file != nil {
+			if err := s.file.Close(); err != nil {
+				return err
+			}
+			s.file = nil
+		}
+		if err := l.cfg.FS.Remove(filepath.Join(l.cfg.Dir, segmentName(s.sequence))); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
-		// In order, so that what is left is always without a gap.
-		if err := syncDir(l.cfg.Dir); err != nil {
+		if err := l.cfg.FS.SyncDir(l.cfg.Dir); err != nil {
 			return err
 		}
+		l.unused = l.unused[1:]
 	}
 	return nil
 }
