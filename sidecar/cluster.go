@@ -52,6 +52,8 @@ type clusterServing interface {
 	addReplica(ctx context.Context, region string) (paxosgroup.ReplicaID, paxosgroup.Membership, error)
 	regionReply(ctx context.Context) (*sidecarpb.RegionReply, error)
 	transfer(ctx context.Context, to string) (time.Duration, error)
+	applyMembers(ctx context.Context, dryRun bool) ([]string, error)
+	lowestBase() (paxosgroup.Base, error)
 }
 
 func newMembership(cfg *config.Config, id *identity, peers *regionClients, log *slog.Logger, dbState func() (bool, string)) *membership {
@@ -135,6 +137,14 @@ func regionNames(cfg *config.Config) []string {
 		names[i] = r.Name
 	}
 	return names
+}
+
+func regionKinds(cfg *config.Config) []string {
+	kinds := make([]string, len(cfg.Regions))
+	for i, r := range cfg.Regions {
+		kinds[i] = memberKind(kindOf(r.Kind))
+	}
+	return kinds
 }
 
 // await returns this sidecar's identity as a member or as one that joins, and
@@ -244,12 +254,7 @@ func (m *membership) found(ctx context.Context, id *identity, probes map[string]
 		rand.Read(b[:])
 		own.ClusterID = binary.LittleEndian.Uint64(b[:])
 	}
-	var first paxosgroup.Membership
-	for i, r := range m.cfg.Regions {
-		first.Members = append(first.Members, paxosgroup.Member{ID: paxosgroup.ReplicaID(i + 1), Region: r.Name, Kind: paxosgroup.Voter})
-	}
-	first.NextID = paxosgroup.ReplicaID(len(m.cfg.Regions) + 1)
-	own.Membership = paxosgroup.EncodeMembership(first)
+	own.Membership = paxosgroup.EncodeMembership(firstMembership(m.cfg))
 	err := m.update(func(now *identity) (*identity, error) {
 		if now != nil && now.Life != sidecarpb.Life_LIFE_PREPARED {
 			return nil, fmt.Errorf("this sidecar already belongs to cluster %016x", now.ClusterID)
@@ -332,7 +337,11 @@ func (m *membership) probe(ctx context.Context, region string) (*sidecarpb.Probe
 	}
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
-	return c.Probe(ctx, &sidecarpb.ProbeRequest{Cluster: m.cfg.Cluster, Region: m.cfg.Region, Regions: regionNames(m.cfg)})
+	phase1, phase2 := m.cfg.Quorums()
+	return c.Probe(ctx, &sidecarpb.ProbeRequest{
+		Cluster: m.cfg.Cluster, Region: m.cfg.Region, Regions: regionNames(m.cfg), Kinds: regionKinds(m.cfg),
+		Phase1Quorum: uint32(phase1), Phase2Quorum: uint32(phase2), LeaseDurationNs: int64(m.cfg.Consensus.LeaseDuration),
+	})
 }
 
 // Mismatches are told apart from an unreachable peer by this code.
@@ -346,9 +355,22 @@ func (m *membership) Probe(_ context.Context, req *sidecarpb.ProbeRequest) (*sid
 	if names := regionNames(m.cfg); !slices.Equal(names, req.Regions) {
 		return nil, status.Errorf(codes.FailedPrecondition, "region %s lists the regions %v, region %s lists %v: the lists must be equal, in the same order", m.cfg.Region, names, req.Region, req.Regions)
 	}
+	if theirs := time.Duration(req.LeaseDurationNs); theirs != m.cfg.Consensus.LeaseDuration {
+		return nil, status.Errorf(codes.FailedPrecondition, "region %s has consensus.lease_duration %v, region %s has %v: a lease is safe only if all have the same", m.cfg.Region, m.cfg.Consensus.LeaseDuration, req.Region, theirs)
+	}
+	id, _ := m.current()
+	if id == nil || id.Life != sidecarpb.Life_LIFE_MEMBER {
+		// What the cluster is made with. Later the membership says it.
+		if kinds := regionKinds(m.cfg); !slices.Equal(kinds, req.Kinds) {
+			return nil, status.Errorf(codes.FailedPrecondition, "region %s has the regions %v as %v, region %s has them as %v: regions[].kind must be the same in all", m.cfg.Region, regionNames(m.cfg), kinds, req.Region, req.Kinds)
+		}
+		if phase1, phase2 := m.cfg.Quorums(); uint32(phase1) != req.Phase1Quorum || uint32(phase2) != req.Phase2Quorum {
+			return nil, status.Errorf(codes.FailedPrecondition, "region %s has quorums of %d in phase 1 and %d in phase 2, region %s has %d and %d: consensus.phase1_quorum and phase2_quorum must be the same in all", m.cfg.Region, phase1, phase2, req.Region, req.Phase1Quorum, req.Phase2Quorum)
+		}
+	}
 	empty, problem := m.dbState()
 	reply := &sidecarpb.ProbeReply{Region: m.cfg.Region, Life: sidecarpb.Life_LIFE_EMPTY, DatabaseEmpty: empty, DatabaseProblem: problem}
-	if id, _ := m.current(); id != nil {
+	if id != nil {
 		reply.Life, reply.ClusterId, reply.ReplicaId = id.Life, id.ClusterID, uint32(id.ReplicaID)
 	}
 	return reply, nil
@@ -448,6 +470,32 @@ func (m *membership) Transfer(ctx context.Context, req *sidecarpb.TransferReques
 		return nil, status.Error(codes.FailedPrecondition, err.Error())
 	}
 	return &sidecarpb.TransferReply{PauseNs: int64(pause)}, nil
+}
+
+// ApplyMembers implements sidecarpb.ClusterServer.
+func (m *membership) ApplyMembers(ctx context.Context, req *sidecarpb.ApplyMembersRequest) (*sidecarpb.ApplyMembersReply, error) {
+	s, err := m.running(req.ClusterId)
+	if err != nil {
+		return nil, err
+	}
+	changes, err := s.applyMembers(ctx, req.DryRun)
+	if err != nil {
+		return nil, status.Error(codes.FailedPrecondition, err.Error())
+	}
+	return &sidecarpb.ApplyMembersReply{Changes: changes}, nil
+}
+
+// Base implements sidecarpb.ClusterServer.
+func (m *membership) Base(_ context.Context, req *sidecarpb.BaseRequest) (*sidecarpb.BaseReply, error) {
+	s, err := m.running(req.ClusterId)
+	if err != nil {
+		return nil, err
+	}
+	base, err := s.lowestBase()
+	if err != nil {
+		return nil, status.Error(codes.Unavailable, err.Error())
+	}
+	return &sidecarpb.BaseReply{Base: paxosgroup.EncodeBase(base)}, nil
 }
 
 // regionClients holds one connection to each other region's sidecar, for

@@ -116,6 +116,8 @@ func (s *servingStub) addReplica(_ context.Context, region string) (paxosgroup.R
 func (s *servingStub) regionReply(context.Context) (*sidecarpb.RegionReply, error) {
 	return nil, errors.New("not asked")
 }
+func (s *servingStub) applyMembers(context.Context, bool) ([]string, error)    { return nil, nil }
+func (s *servingStub) lowestBase() (paxosgroup.Base, error)                    { return paxosgroup.Base{}, nil }
 func (s *servingStub) transfer(context.Context, string) (time.Duration, error) { return 0, nil }
 
 func TestALostDiskComesBackAsANewReplica(t *testing.T) {

@@ -63,18 +63,19 @@ func (se *session) publishOnce(ctx context.Context, next *paxosgroup.Slot) error
 		Shard: mainShard, Region: own.Name, Role: own.Role, Leader: status.Leader, Ballot: own.Ballot.String(),
 		LeaseLeftSeconds: own.LeaseLeft.Seconds(), Chosen: uint64(own.Chosen), Applied: uint64(own.Applied),
 		LagSlots: own.LagSlots, LagSeconds: own.Lag.Seconds(), Health: own.Health,
-		DurabilityRegions: status.DurabilityRegions - 1,
+		DurabilityRegions: status.DurabilityRegions, Phase1Quorum: status.Phase1, Phase2Quorum: status.Phase2,
 	}
 	se.mu.Lock()
 	state.Synchronous = se.synchronous
 	se.mu.Unlock()
 	for _, r := range status.Regions {
 		region := catalog.RegionState{
-			Region: r.Name, Kind: "voter", Role: r.Role, Chosen: uint64(r.Chosen), Applied: uint64(r.Applied),
+			Region: r.Name, Kind: r.Kind, Role: r.Role, Chosen: uint64(r.Chosen), Applied: uint64(r.Applied),
 			LagSlots: r.LagSlots, LagSeconds: r.Lag.Seconds(), Health: r.Health,
 		}
-		if r.Role == admin.RoleLearner {
-			region.Kind = "learner"
+		if region.Kind == "" { // never heard of
+			c, _ := configured(se.cfg, r.Name)
+			region.Kind = c.Kind
 		}
 		if r.Reachable {
 			now := time.Now()

@@ -73,7 +73,9 @@ func (b *backend) Status(ctx context.Context, all bool) (admin.ClusterStatus, er
 	} else {
 		own = s.regionStatus()
 		cs.Leader = own.Leader
-		cs.DurabilityRegions = durability(s.group.Status().Membership)
+		m := s.group.Status().Membership
+		cs.DurabilityRegions, cs.Voters = durability(m), m.Voters()
+		cs.Phase1, cs.Phase2 = m.Quorums()
 	}
 	regions := make([]admin.RegionStatus, len(b.cfg.Regions))
 	var wg sync.WaitGroup
@@ -128,7 +130,8 @@ func (b *backend) ask(ctx context.Context, region string, clusterID uint64) admi
 		Ballot:    paxosgroup.Ballot{Counter: reply.BallotCounter, Replica: paxosgroup.ReplicaID(reply.BallotReplica)},
 		LeaseLeft: time.Duration(reply.LeaseLeftNs), Chosen: paxosgroup.Slot(reply.Chosen), Applied: paxosgroup.Slot(reply.Applied),
 		Lag: time.Duration(reply.LagNs), CaughtUp: reply.Applied >= reply.Chosen, Healthy: reply.Healthy, Health: reply.Health,
-		Incarnation: paxosgroup.Incarnation(reply.Incarnation),
+		Incarnation: paxosgroup.Incarnation(reply.Incarnation), Kind: reply.Kind, Base: paxosgroup.Slot(reply.Base), Durable: paxosgroup.Slot(reply.Durable),
+		FeedNext: paxosgroup.Slot(reply.FeedNext),
 	}
 	if theirs := time.Duration(reply.LeaseDurationNs); theirs != b.cfg.Consensus.LeaseDuration {
 		r.Healthy = false
@@ -136,20 +139,6 @@ func (b *backend) ask(ctx context.Context, region string, clusterID uint64) admi
 	}
 	b.last[region] = r
 	return r
-}
-
-// durability is how many regions have an acknowledged commit on disk at least.
-func durability(m paxosgroup.Membership) int {
-	voters := 0
-	for _, member := range m.Members {
-		if member.Kind != paxosgroup.Learner {
-			voters++
-		}
-	}
-	if m.Phase2 != 0 {
-		return m.Phase2
-	}
-	return voters/2 + 1
 }
 
 // regionStatus tells how this region is, without asking anybody.
@@ -177,9 +166,16 @@ func (s *shard) regionStatus() admin.RegionStatus {
 	default:
 		r.Role = admin.RoleFollower
 	}
+	r.Kind = memberKind(paxosgroup.Learner) // one that is not in the membership yet
 	for _, m := range st.Membership.Members {
-		if m.ID == st.ID && m.Kind == paxosgroup.Learner {
-			r.Role = admin.RoleLearner
+		if m.ID == st.ID {
+			r.Kind = memberKind(m.Kind)
+			switch m.Kind {
+			case paxosgroup.Learner:
+				r.Role = admin.RoleLearner
+			case paxosgroup.Witness:
+				r.Role = admin.RoleWitness
+			}
 		}
 		if m.ID == st.Leader {
 			r.Leader = m.Region
@@ -208,6 +204,7 @@ func (s *shard) regionReply(context.Context) (*sidecarpb.RegionReply, error) {
 		Writable: r.Writable, Leader: r.Leader, BallotCounter: r.Ballot.Counter, BallotReplica: uint32(r.Ballot.Replica),
 		LeaseLeftNs: int64(r.LeaseLeft), Chosen: uint64(r.Chosen), Applied: uint64(r.Applied), LagNs: int64(r.Lag),
 		Healthy: r.Healthy, Health: r.Health, LeaseDurationNs: int64(s.cfg.Consensus.LeaseDuration),
+		Kind: r.Kind, Base: uint64(r.Base), Durable: uint64(r.Durable), FeedNext: uint64(r.FeedNext),
 	}, nil
 }
 
@@ -295,6 +292,31 @@ func (s *shard) transfer(ctx context.Context, to string) (time.Duration, error) 
 	}
 }
 
+// ApplyMembers implements admin.Backend: it asks the leader's sidecar, which may
+// be this one.
+func (b *backend) ApplyMembers(ctx context.Context, dryRun bool) ([]string, error) {
+	s, id, note := b.running()
+	if s == nil {
+		return nil, fmt.Errorf("%w: %s", admin.ErrNoLeader, note)
+	}
+	leader := s.regionStatus().Leader
+	switch leader {
+	case "":
+		return nil, admin.ErrNoLeader
+	case b.cfg.Region:
+		return s.applyMembers(ctx, dryRun)
+	}
+	c, err := b.peers.cluster(leader)
+	if err != nil {
+		return nil, err
+	}
+	reply, err := c.ApplyMembers(ctx, &sidecarpb.ApplyMembersRequest{ClusterId: id.ClusterID, DryRun: dryRun})
+	if err != nil {
+		return nil, fmt.Errorf("region %s, which leads: %s", leader, status.Convert(err).Message())
+	}
+	return reply.Changes, nil
+}
+
 // leaveWithin bounds how long an ending sidecar tries to hand leadership over.
 const leaveWithin = 3 * time.Second
 
@@ -369,81 +391,4 @@ func (b *backend) ReadLog(ctx context.Context, from uint64, limit int, changes b
 		}
 	}
 	return nil
-}
-
-// addReplica implements clusterServing: it gives a region that lost its disk a
-// new replica, which learns until it has caught up.
-func (s *shard) addReplica(ctx context.Context, region string) (paxosgroup.ReplicaID, paxosgroup.Membership, error) {
-	st := s.group.Status()
-	if st.Role != paxosgroup.Leader {
-		return 0, st.Membership, fmt.Errorf("region %s does not lead", s.cfg.Region)
-	}
-	m := st.Membership
-	m.Members = slices.Clone(m.Members)
-	members := m.Members[:0]
-	for _, member := range m.Members {
-		// A learner of that region is one that was added and lost its disk again.
-		if member.Region != region || member.Kind != paxosgroup.Learner {
-			members = append(members, member)
-		}
-	}
-	id := m.NextID
-	m.NextID++
-	m.Members = append(members, paxosgroup.Member{ID: id, Region: region, Kind: paxosgroup.Learner})
-	if err := s.group.ChangeMembership(ctx, m); err != nil {
-		return 0, m, fmt.Errorf("add replica %d of region %s: %w", id, region, err)
-	}
-	return id, s.group.Status().Membership, nil
-}
-
-// nearlyCaughtUp is how many slots behind a learner may be to become a voter.
-const nearlyCaughtUp = 100
-
-// admit makes learners that caught up voters, in place of their region's old
-// replica, while this region leads.
-func (s *shard) admit(ctx context.Context) error {
-	tick := time.NewTicker(200 * time.Millisecond)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-tick.C:
-		}
-		st := s.group.Status()
-		if st.Role != paxosgroup.Leader {
-			continue
-		}
-		for _, p := range st.Peers {
-			if p.Chosen+nearlyCaughtUp < st.Chosen || p.Chosen == 0 || s.now().Sub(p.LastHeard) > time.Second {
-				continue
-			}
-			m := st.Membership
-			m.Members = slices.Clone(m.Members)
-			var learner *paxosgroup.Member
-			for i := range m.Members {
-				if m.Members[i].ID == p.ID && m.Members[i].Kind == paxosgroup.Learner {
-					learner = &m.Members[i]
-				}
-			}
-			if learner == nil {
-				continue
-			}
-			learner.Kind = paxosgroup.Voter
-			region := learner.Region
-			members := m.Members[:0]
-			for _, member := range m.Members {
-				if member.Region != region || member.ID == p.ID {
-					members = append(members, member)
-				}
-			}
-			m.Members = members
-			if err := s.group.ChangeMembership(ctx, m); err != nil {
-				s.log.Warn("a replica that caught up was not made a voter", "replica", p.ID, "region", region, "err", err)
-			} else {
-				s.log.Info("replica votes", "replica", p.ID, "region", region)
-			}
-			break
-		}
-	}
 }

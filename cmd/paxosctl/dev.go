@@ -94,6 +94,8 @@ settings. If the sandbox runs already, that is said and nothing is done.
 places, from r1 in Frankfurt:
 ` + wanHelp(),
 		Example: `  paxosctl dev up --wan global --detach
+  paxosctl dev up --wan global --phase1 4 --phase2 2 --durability-regions 1
+  paxosctl dev up --witness r5
   psql "$(paxosctl dev dsn r1)"
   paxosctl dev kill r1
   paxosctl dev down`,
@@ -105,6 +107,11 @@ places, from r1 in Frankfurt:
 	otlp := f.String("otlp", "", "OTLP/gRPC endpoint for traces, http://host:port")
 	jaeger := f.Bool("jaeger", false, "run Jaeger, built if needed, and send traces there")
 	feed := f.Bool("feed", false, "publish the change feed to NATS JetStream")
+	witnesses := f.StringSlice("witness", nil, "`regions` that vote without a database, separated by commas; fixed once made")
+	learners := f.StringSlice("learner", nil, "`regions` with a database and no vote; fixed once made")
+	phase1 := f.Int("phase1", 0, "voters that must promise a leader; 0: a majority; fixed once made")
+	phase2 := f.Int("phase2", 0, "voters that must have a commit on disk; 0: a majority; fixed once made")
+	durability := f.Int("durability-regions", 0, "`losses` that kinds and quorums stand, where that is less than a minority of the voters")
 	quorate := f.String("quorate", "", "`path` of the daemon; default $QUORATE_BIN, else beside paxosctl")
 	detach := f.Bool("detach", false, "return when ready, and leave the sandbox running")
 	supervise := f.Bool("supervise", false, "be the supervisor of a detached sandbox")
@@ -123,6 +130,10 @@ places, from r1 in Frankfurt:
 		o.OTLP = ifGiven(cmd, "otlp", otlp)
 		o.Jaeger = ifGiven(cmd, "jaeger", jaeger)
 		o.Feed = ifGiven(cmd, "feed", feed)
+		o.Witnesses, o.Learners = *witnesses, *learners
+		o.Phase1 = ifGiven(cmd, "phase1", phase1)
+		o.Phase2 = ifGiven(cmd, "phase2", phase2)
+		o.DurabilityRegions = ifGiven(cmd, "durability-regions", durability)
 		if *supervise {
 			return superviseSandbox(cmd.Context(), o, os.Stdout, func(*sandbox.Supervisor) error { return nil })
 		}

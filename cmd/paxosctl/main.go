@@ -42,6 +42,7 @@ func newRootCommand() *cobra.Command {
 	root.AddCommand(
 		statusCommand(&a),
 		leaderCommand(&a),
+		memberCommand(&a),
 		logCommand(&a),
 		versionCommand(&a),
 		devCommand(),

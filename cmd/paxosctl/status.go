@@ -15,8 +15,11 @@ import (
 // clusterView is how the cluster is. Its JSON field names are stable.
 type clusterView struct {
 	Cluster           string       `json:"cluster"`
-	Leader            string       `json:"leader"` // empty: none
-	DurabilityRegions uint32       `json:"durability_regions"`
+	Leader            string       `json:"leader"`             // empty: none
+	DurabilityRegions uint32       `json:"durability_regions"` // whose loss for good loses nothing acknowledged
+	Phase1Quorum      uint32       `json:"phase1_quorum"`
+	Phase2Quorum      uint32       `json:"phase2_quorum"` // regions that have an acknowledged commit on disk, at least
+	Voters            uint32       `json:"voters"`
 	Regions           []regionView `json:"regions"`
 }
 
@@ -40,6 +43,9 @@ type regionView struct {
 	Health      string  `json:"health"`
 	Incarnation string  `json:"incarnation"`
 	Void        uint64  `json:"void"`
+	Kind        string  `json:"kind"`
+	Durable     uint64  `json:"durable"`
+	LogBytes    uint64  `json:"log_bytes"`
 
 	ballotCounter uint64
 	ballotReplica uint32
@@ -66,6 +72,9 @@ func viewOf(r *adminpb.RegionStatus) regionView {
 		Health:      r.GetHealth(),
 		Incarnation: fmt.Sprintf("%016x", r.GetIncarnation()),
 		Void:        r.GetVoidEntries(),
+		Kind:        r.GetKind(),
+		Durable:     r.GetDurable(),
+		LogBytes:    r.GetLogBytes(),
 
 		ballotCounter: r.GetBallotCounter(),
 		ballotReplica: r.GetBallotReplica(),
@@ -98,7 +107,7 @@ func (v *clusterView) settle() {
 		v.Leader = leader.Name
 	}
 	for i := range v.Regions {
-		if r := &v.Regions[i]; r.Reachable && chosen > r.Applied {
+		if r := &v.Regions[i]; r.Reachable && r.Role != admin.RoleWitness && chosen > r.Applied {
 			r.LagSlots = max(r.LagSlots, chosen-r.Applied)
 		}
 	}
@@ -139,7 +148,11 @@ func (a *addressing) view(cmd *cobra.Command, enough func([]statusAnswer) bool) 
 		}
 		s := answer.value
 		v.Cluster = s.GetCluster()
-		v.DurabilityRegions = max(v.DurabilityRegions, s.GetDurabilityRegions())
+		if s.GetVoters() > 0 && (v.Voters == 0 || s.GetDurabilityRegions() < v.DurabilityRegions) {
+			// Of regions that disagree, as they may while that changes, the one that
+			// promises least.
+			v.DurabilityRegions, v.Phase1Quorum, v.Phase2Quorum, v.Voters = s.GetDurabilityRegions(), s.GetPhase1Quorum(), s.GetPhase2Quorum(), s.GetVoters()
+		}
 		if alone {
 			for _, r := range s.GetRegions() {
 				v.Regions = append(v.Regions, viewOf(r))
@@ -189,9 +202,17 @@ func printStatus(w io.Writer, v clusterView) error {
 	if v.Leader != "" {
 		leader = "leader " + v.Leader
 	}
-	if _, err := fmt.Fprintf(w, "cluster %s: %s, an acknowledged commit is on disk in %d regions\n\n", v.Cluster, leader, v.DurabilityRegions); err != nil {
+	if _, err := fmt.Fprintf(w, "cluster %s: %s, an acknowledged commit is on disk in %d regions\n", v.Cluster, leader, v.Phase2Quorum); err != nil {
 		return err
 	}
+	if minority := (v.Voters - 1) / 2; v.Voters > 0 && v.DurabilityRegions < minority {
+		fmt.Fprintf(w, "REDUCED DURABILITY: the loss of %d of %d voting regions loses acknowledged commits; %d may be lost (durability_regions), majorities would allow %d\n",
+			v.DurabilityRegions+1, v.Voters, v.DurabilityRegions, minority)
+	}
+	if v.Voters > 0 && (v.Phase1Quorum != v.Voters/2+1 || v.Phase2Quorum != v.Voters/2+1) {
+		fmt.Fprintf(w, "quorums: phase 1 (electing a leader) %d, phase 2 (committing) %d of %d voting regions\n", v.Phase1Quorum, v.Phase2Quorum, v.Voters)
+	}
+	fmt.Fprintln(w)
 	rows := [][]string{{"REGION", "REPLICA", "ROLE", "STATE", "WRITES", "BALLOT", "LEASE", "CHOSEN", "APPLIED", "LAG", "HEALTH"}}
 	for _, r := range v.Regions {
 		if !r.Reachable {

@@ -35,14 +35,27 @@ var localPorts = []string{"postgres", "admin", "nats"}
 // jaegerPorts are those of the trace viewer.
 var jaegerPorts = []string{"otlp", "query", "query_grpc", "otlp_http", "admin", "collector_http", "collector_grpc"}
 
+// The kinds of regions beside voters, as in a sidecar's configuration.
+const (
+	KindWitness = "witness"
+	KindLearner = "learner"
+)
+
 // Description is what sandbox.json records.
 type Description struct {
-	Version      int                  `json:"version"`
-	Cluster      string               `json:"cluster"`
-	WAN          string               `json:"wan"`
-	OTLP         string               `json:"otlp,omitempty"` // the collector given by hand
-	Jaeger       bool                 `json:"jaeger"`
-	Feed         bool                 `json:"feed"`
+	Version int    `json:"version"`
+	Cluster string `json:"cluster"`
+	WAN     string `json:"wan"`
+	OTLP    string `json:"otlp,omitempty"` // the collector given by hand
+	Jaeger  bool   `json:"jaeger"`
+	Feed    bool   `json:"feed"`
+	// The sizes of the quorums and the losses that they stand, as in the sidecars'
+	// configuration; 0 and nil: not set there.
+	Phase1            int  `json:"phase1_quorum,omitempty"`
+	Phase2            int  `json:"phase2_quorum,omitempty"`
+	DurabilityRegions *int `json:"durability_regions,omitempty"`
+	// Settings are laid over each sidecar's configuration, by their dotted keys.
+	Settings     map[string]string    `json:"settings,omitempty"`
 	PostgresRoot string               `json:"postgres_root"` // holds the servers' directories; usually the sandbox's own
 	Regions      []*RegionDescription `json:"regions"`
 	// Relays are ports by purpose and then by "FROM>TO".
@@ -53,12 +66,16 @@ type Description struct {
 // RegionDescription is what is fixed of one region.
 type RegionDescription struct {
 	Name  string         `json:"name"`
-	Ports map[string]int `json:"ports"` // on 127.0.0.1, by purpose
-	Admin string         `json:"admin"` // the address of that port: where paxosctl asks
+	Kind  string         `json:"kind,omitempty"` // empty: voter
+	Ports map[string]int `json:"ports"`          // on 127.0.0.1, by purpose
+	Admin string         `json:"admin"`          // the address of that port: where paxosctl asks
 }
 
 // Address returns the region's address for a purpose.
 func (r *RegionDescription) Address(purpose string) string { return address(r.Ports[purpose]) }
+
+// HasDatabase reports whether a PostgreSQL belongs to the region.
+func (r *RegionDescription) HasDatabase() bool { return r.Kind != KindWitness }
 
 // DSN returns a URL of a superuser to the replicated database.
 func (r *RegionDescription) DSN() string {

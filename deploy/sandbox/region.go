@@ -6,10 +6,13 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -77,9 +80,12 @@ func (r *region) writeConfig(d *Description, binDir, otlp string) error {
 	for _, p := range purposes {
 		listen[p.name] = r.Address(p.name)
 	}
-	var regions []map[string]string
+	var regions []map[string]any
 	for _, other := range d.Regions {
-		entry := map[string]string{"name": other.Name}
+		entry := map[string]any{"name": other.Name}
+		if other.Kind != "" {
+			entry["kind"] = other.Kind
+		}
 		for _, p := range purposes {
 			if other.Name == r.Name {
 				entry[p.regionKey] = r.Address(p.name)
@@ -89,17 +95,51 @@ func (r *region) writeConfig(d *Description, binDir, otlp string) error {
 		}
 		regions = append(regions, entry)
 	}
-	b, err := yaml.Marshal(map[string]any{
+	consensus := map[string]any{}
+	if d.Phase1 != 0 {
+		consensus["phase1_quorum"] = d.Phase1
+	}
+	if d.Phase2 != 0 {
+		consensus["phase2_quorum"] = d.Phase2
+	}
+	settings := map[string]any{
 		"cluster":          d.Cluster,
 		"region":           r.Name,
 		"data_dir":         r.sidecarData(),
-		"postgres":         map[string]string{"dsn": r.DSN(), "bin_dir": binDir},
+		"postgres":         map[string]any{"dsn": r.DSN(), "bin_dir": binDir},
 		"listen":           listen,
 		"regions":          regions,
 		"preferred_leader": d.Regions[0].Name,
-		"tracing":          map[string]string{"otlp": otlp},
-		"feed":             map[string]bool{"enabled": d.Feed},
-	})
+		"tracing":          map[string]any{"otlp": otlp},
+		"feed":             map[string]any{"enabled": d.Feed},
+		"consensus":        consensus,
+	}
+	if d.DurabilityRegions != nil {
+		settings["durability_regions"] = *d.DurabilityRegions
+	}
+	if !r.HasDatabase() {
+		delete(settings, "postgres")
+	}
+	for _, key := range slices.Sorted(maps.Keys(d.Settings)) {
+		of, name, one := strings.Cut(key, ":")
+		if !one {
+			name = key
+		} else if of != r.Name {
+			continue
+		}
+		section, setting, nested := strings.Cut(name, ".")
+		if !nested {
+			settings[name] = d.Settings[key]
+			continue
+		}
+		in, _ := settings[section].(map[string]any)
+		if in == nil {
+			in = map[string]any{}
+			settings[section] = in
+		}
+		in[setting] = d.Settings[key]
+	}
+	b, err := yaml.Marshal(settings)
 	if err != nil {
 		return err
 	}
@@ -127,6 +167,9 @@ func (r *region) start(ctx context.Context) error {
 }
 
 func (r *region) startPostgres(ctx context.Context) error {
+	if !r.HasDatabase() {
+		return nil
+	}
 	if _, ok := r.server.Running(); ok {
 		return nil
 	}

@@ -1,6 +1,7 @@
 package sandbox
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"os"
@@ -24,6 +25,7 @@ type Status struct {
 type RegionStatus struct {
 	Region      string            `json:"region"`
 	Place       string            `json:"place,omitempty"` // where the delays put it
+	Kind        string            `json:"kind"`            // voter, witness or learner
 	State       string            `json:"state"`           // what the sidecar says, or what keeps it from speaking
 	Role        string            `json:"role,omitempty"`
 	Writable    bool              `json:"writable"`
@@ -97,7 +99,7 @@ func (s *Supervisor) Status(ctx context.Context) Status {
 
 func (r *region) status(ctx context.Context, d *Description) RegionStatus {
 	st := RegionStatus{
-		Region: r.Name, DSN: r.DSN(), LogDir: r.logDir(), ConfigFile: r.configFile(),
+		Region: r.Name, Kind: cmp.Or(r.Kind, "voter"), DSN: r.DSN(), LogDir: r.logDir(), ConfigFile: r.configFile(),
 		Addresses: map[string]string{},
 		DataDirs:  map[string]string{"sidecar": r.sidecarData(), "postgres": r.server.DataDir()},
 	}
@@ -110,14 +112,22 @@ func (r *region) status(ctx context.Context, d *Description) RegionStatus {
 		delete(st.Addresses, "nats")
 		delete(st.Addresses, "nats_cluster")
 	}
-	st.PostgresPID, _ = r.server.Running()
+	if r.HasDatabase() {
+		st.PostgresPID, _ = r.server.Running()
+	} else {
+		st.DSN = ""
+	}
 	p := r.process()
 	if p.running() {
 		st.SidecarPID = p.pid
 	}
 	switch {
 	case st.SidecarPID == 0 && st.PostgresPID == 0:
-		if _, err := os.Stat(r.server.DataDir()); err != nil {
+		data := r.server.DataDir()
+		if !r.HasDatabase() {
+			data = r.sidecarData()
+		}
+		if _, err := os.Stat(data); err != nil {
 			st.State = "wiped"
 		} else {
 			st.State = "stopped"
@@ -138,7 +148,7 @@ func (r *region) status(ctx context.Context, d *Description) RegionStatus {
 		st.State, st.Role, st.Writable, st.Healthy, st.Health, st.Chosen, st.Applied = h.State, h.Role, h.Writable, h.Healthy, h.Health, h.Chosen, h.Applied
 	}
 	switch {
-	case st.SidecarPID != 0 && st.PostgresPID == 0:
+	case st.SidecarPID != 0 && st.PostgresPID == 0 && r.HasDatabase():
 		st.State += ", postgres stopped"
 	case r.server.Paused():
 		st.State += ", postgres paused"

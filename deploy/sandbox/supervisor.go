@@ -26,6 +26,15 @@ type Options struct {
 	OTLP    *string // an OTLP/gRPC endpoint for the sidecars' traces; "" is none
 	Jaeger  *bool   // run Jaeger and send the traces there
 	Feed    *bool   // publish the change feed
+	// Witnesses and Learners name the regions of these kinds; like the quorums they
+	// are fixed once the sandbox is made.
+	Witnesses         []string
+	Learners          []string
+	Phase1, Phase2    *int
+	DurabilityRegions *int
+	// Settings are laid over each sidecar's configuration, by their dotted keys;
+	// a key that begins with a region's name and a colon is for that one only.
+	Settings map[string]string
 
 	// QuorateBin is the daemon, started as `quorate run --config FILE`. Empty:
 	// $QUORATE_BIN, else the one beside this executable.
@@ -231,14 +240,39 @@ func describe(dir string, o Options) (*Description, error) {
 		for i := range count {
 			d.Regions = append(d.Regions, &RegionDescription{Name: fmt.Sprintf("r%d", i+1)})
 		}
+		for kind, names := range map[string][]string{KindWitness: o.Witnesses, KindLearner: o.Learners} {
+			for _, name := range names {
+				r, err := d.Region(name)
+				if err != nil {
+					return nil, fmt.Errorf("%s: %w", kind, err)
+				}
+				if r.Kind != "" {
+					return nil, fmt.Errorf("region %s is named as %s and as %s", name, r.Kind, kind)
+				}
+				r.Kind = kind
+			}
+		}
+		if o.Phase1 != nil {
+			d.Phase1 = *o.Phase1
+		}
+		if o.Phase2 != nil {
+			d.Phase2 = *o.Phase2
+		}
+		d.DurabilityRegions = o.DurabilityRegions
 	} else if err != nil {
 		return nil, err
 	}
 	if o.Regions != nil && *o.Regions != len(d.Regions) {
 		return nil, fmt.Errorf("regions: the sandbox in %s has %d, which cannot be changed: use another --dir, or remove that directory", dir, len(d.Regions))
 	}
+	if fixed := o.fixedDiffers(d); len(fixed) > 0 {
+		return nil, fmt.Errorf("%s: fixed when the sandbox in %s was made: use another --dir, or remove that directory", strings.Join(fixed, ", "), dir)
+	}
 	if o.WAN != nil {
 		d.WAN = *o.WAN
+	}
+	if o.Settings != nil {
+		d.Settings = o.Settings
 	}
 	if o.Jaeger != nil {
 		d.Jaeger = *o.Jaeger
@@ -250,6 +284,29 @@ func describe(dir string, o Options) (*Description, error) {
 		d.Feed = *o.Feed
 	}
 	return d, checkWAN(d.WAN)
+}
+
+// fixedDiffers tells which of the options given, of those that a sandbox keeps
+// for its life, are not its own.
+func (o Options) fixedDiffers(d *Description) (out []string) {
+	for kind, names := range map[string][]string{KindWitness: o.Witnesses, KindLearner: o.Learners} {
+		for _, name := range names {
+			if r, err := d.Region(name); err != nil || r.Kind != kind {
+				out = append(out, "--"+kind+" "+name)
+			}
+		}
+	}
+	if o.Phase1 != nil && *o.Phase1 != d.Phase1 {
+		out = append(out, "--phase1")
+	}
+	if o.Phase2 != nil && *o.Phase2 != d.Phase2 {
+		out = append(out, "--phase2")
+	}
+	if o.DurabilityRegions != nil && (d.DurabilityRegions == nil || *o.DurabilityRegions != *d.DurabilityRegions) {
+		out = append(out, "--durability-regions")
+	}
+	slices.Sort(out)
+	return out
 }
 
 // differs tells which of the options given are not those of a running sandbox.
@@ -270,6 +327,7 @@ func (o Options) differs(d *Description) []string {
 	if o.Feed != nil && *o.Feed != d.Feed {
 		out = append(out, "--feed")
 	}
+	out = append(out, o.fixedDiffers(d)...)
 	return out
 }
 
@@ -394,7 +452,7 @@ func (s *Supervisor) AwaitReady(ctx context.Context) error {
 				waiting = append(waiting, fmt.Sprintf("%s: %s, %s", r.Name, h.State, h.Health))
 			case leader < 0:
 				continue
-			case h.Leader != s.regions[leader].Name || h.Applied < target:
+			case h.Leader != s.regions[leader].Name || h.Applied < target && (r.HasDatabase() || h.Chosen < target):
 				waiting = append(waiting, fmt.Sprintf("%s: %s, applied %d of %d", r.Name, h.State, h.Applied, target))
 			default:
 				continue

@@ -24,6 +24,8 @@ type State struct {
 	Health            string        `json:"health"`
 	Synchronous       bool          `json:"synchronous"`
 	DurabilityRegions int           `json:"durability_regions"` // whose loss loses nothing
+	Phase1Quorum      int           `json:"phase1_quorum"`
+	Phase2Quorum      int           `json:"phase2_quorum"`
 	Regions           []RegionState `json:"regions"`
 }
 

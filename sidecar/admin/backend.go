@@ -27,6 +27,9 @@ type Backend interface {
 	// chosen so far. With changes it fills LogEntry.Changes. An error of yield
 	// ends it and is returned. Errors: ErrCompacted.
 	ReadLog(ctx context.Context, from uint64, limit int, changes bool, yield func(LogEntry) error) error
+	// ApplyMembers makes the group's membership what the leader's configuration
+	// says and returns the changes in words; dryRun only tells. Errors: ErrNoLeader.
+	ApplyMembers(ctx context.Context, dryRun bool) ([]string, error)
 	// Version tells which build this is.
 	Version() VersionInfo
 }
@@ -80,7 +83,9 @@ type ClusterStatus struct {
 	Cluster           string
 	Region            string // the one that says so
 	Leader            string // empty if none is known
-	DurabilityRegions int    // regions that have an acknowledged commit on disk, at least
+	DurabilityRegions int    // regions whose loss for good loses nothing acknowledged
+	Phase1, Phase2    int    // voters that must promise a leader, and that have an acknowledged commit on disk
+	Voters            int    // witnesses included; 0: not known yet
 	Regions           []RegionStatus
 }
 
@@ -114,7 +119,11 @@ type RegionStatus struct {
 	Healthy     bool
 	Health      string // "ok", or what is wrong and how to mend it
 	Incarnation paxosgroup.Incarnation
-	Void        uint64 // void entries delivered since start
+	Void        uint64          // void entries delivered since start
+	Kind        string          // voter, witness or learner
+	Durable     paxosgroup.Slot // the database has everything up to here on disk; 0: none, or not known
+	FeedNext    paxosgroup.Slot // a leader's feed has published everything below; 0: not known
+	LogBytes    uint64          // that the log takes on disk
 }
 
 // LogEntry is a chosen entry in readable form.

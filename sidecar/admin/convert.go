@@ -12,6 +12,9 @@ func statusToProto(s ClusterStatus) *adminpb.StatusResponse {
 		Region:            s.Region,
 		Leader:            s.Leader,
 		DurabilityRegions: uint32(s.DurabilityRegions),
+		Phase1Quorum:      uint32(s.Phase1),
+		Phase2Quorum:      uint32(s.Phase2),
+		Voters:            uint32(s.Voters),
 	}
 	for _, r := range s.Regions {
 		p.Regions = append(p.Regions, &adminpb.RegionStatus{
@@ -35,6 +38,9 @@ func statusToProto(s ClusterStatus) *adminpb.StatusResponse {
 			Health:        r.Health,
 			Incarnation:   uint64(r.Incarnation),
 			VoidEntries:   r.Void,
+			Kind:          r.Kind,
+			Durable:       uint64(r.Durable),
+			LogBytes:      r.LogBytes,
 		})
 	}
 	return p

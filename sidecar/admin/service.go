@@ -170,6 +170,14 @@ func (s *service) awaitSlot(ctx context.Context, slot paxosgroup.Slot) error {
 	}
 }
 
+func (s *service) MemberApply(ctx context.Context, r *adminpb.MemberApplyRequest) (*adminpb.MemberApplyResponse, error) {
+	changes, err := s.backend.ApplyMembers(ctx, r.GetDryRun())
+	if err != nil {
+		return nil, rpcError(err)
+	}
+	return &adminpb.MemberApplyResponse{Changes: changes}, nil
+}
+
 func (s *service) Version(context.Context, *adminpb.VersionRequest) (*adminpb.VersionResponse, error) {
 	v := s.backend.Version()
 	return &adminpb.VersionResponse{

@@ -26,6 +26,11 @@ type Config struct {
 	// election; empty prefers none. Leadership that another region has is not
 	// taken back from it.
 	PreferredLeader string `yaml:"preferred_leader"`
+	// DurabilityRegions states how many regions may be lost for good without the
+	// loss of an acknowledged commit, where kinds and quorums give less than a
+	// minority of the voters: without it they are refused. -1: not stated. It must
+	// be what the sizes give; it changes nothing by itself.
+	DurabilityRegions int `yaml:"durability_regions"`
 
 	Consensus      Consensus      `yaml:"consensus"`
 	Log            Log            `yaml:"log"`
@@ -73,6 +78,9 @@ type Listen struct {
 type Region struct {
 	// Name is unique in the cluster.
 	Name string `yaml:"name"`
+	// Kind is voter (the default: log, vote and database), witness (log and vote,
+	// no PostgreSQL) or learner (log and database, no vote; it never leads).
+	Kind string `yaml:"kind,omitempty"`
 	// Peer is the host:port of its sidecar's listen.peer, as reached from here.
 	Peer string `yaml:"peer"`
 	// NATSRoute is the host:port of its listen.nats_cluster, as reached from
@@ -97,6 +105,13 @@ type Consensus struct {
 	WindowSlotsMax int `yaml:"window_slots_max"`
 	// WindowBytesMax bounds the payload of these slots.
 	WindowBytesMax ByteSize `yaml:"window_bytes_max"`
+	// Phase1Quorum is how many voters must promise before one leads; 0: a majority.
+	// Together with phase2_quorum it must exceed the number of voters.
+	Phase1Quorum int `yaml:"phase1_quorum"`
+	// Phase2Quorum is how many voters must have a commit on disk before it is
+	// acknowledged; 0: a majority. Fewer are nearer, and fewer may be lost: see
+	// durability_regions.
+	Phase2Quorum int `yaml:"phase2_quorum"`
 }
 
 // Log configures the durable log of the Paxos groups.
@@ -175,7 +190,8 @@ type Logging struct {
 // Log.Dir is left empty: it follows DataDir.
 func Default() Config {
 	return Config{
-		Postgres: Postgres{ApplicationName: "quorate"},
+		DurabilityRegions: -1,
+		Postgres:          Postgres{ApplicationName: "quorate"},
 		Listen: Listen{
 			Peer:        "0.0.0.0:7460",
 			Admin:       "127.0.0.1:7461",
@@ -206,6 +222,58 @@ func (c *Config) fill() {
 	if c.Log.Dir == "" && c.DataDir != "" {
 		c.Log.Dir = filepath.Join(c.DataDir, "log")
 	}
+	for i := range c.Regions {
+		if c.Regions[i].Kind == "" {
+			c.Regions[i].Kind = KindVoter
+		}
+	}
+}
+
+// The kinds of regions.
+const (
+	KindVoter   = "voter"
+	KindWitness = "witness"
+	KindLearner = "learner"
+)
+
+// Votes reports whether the region has a vote.
+func (r Region) Votes() bool { return r.Kind != KindLearner }
+
+// HasDatabase reports whether a PostgreSQL stands beside the region's sidecar.
+func (r Region) HasDatabase() bool { return r.Kind != KindWitness }
+
+// voters counts the regions that vote, and those of them with a database.
+func (c Config) voters() (voters, databases int) {
+	for _, r := range c.Regions {
+		if r.Votes() {
+			voters++
+			if r.HasDatabase() {
+				databases++
+			}
+		}
+	}
+	return voters, databases
+}
+
+// Quorums returns the sizes that the settings come to.
+func (c Config) Quorums() (phase1, phase2 int) {
+	voters, _ := c.voters()
+	phase1, phase2 = c.Consensus.Phase1Quorum, c.Consensus.Phase2Quorum
+	if phase1 == 0 {
+		phase1 = voters/2 + 1
+	}
+	if phase2 == 0 {
+		phase2 = voters/2 + 1
+	}
+	return phase1, phase2
+}
+
+// Durability returns how many regions may be lost for good without the loss of
+// an acknowledged commit: some holder of it must be left, and enough voters to
+// find it. Databases are the voters that have one; below where logs are cut,
+// only they hold anything.
+func Durability(voters, databases, phase1, phase2 int) int {
+	return max(0, min(phase2-1, voters-phase1, databases-1))
 }
 
 // Own returns this region's entry of Regions.

@@ -2,6 +2,7 @@ package config
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -37,9 +38,9 @@ func TestMinimal(t *testing.T) {
 	want.Listen.Peer = "10.1.0.5:7460"
 	want.Log.Dir = "/var/lib/quorate/log"
 	want.Regions = []Region{
-		{Name: "r1", Peer: "10.1.0.5:7460"},
-		{Name: "r2", Peer: "10.2.0.5:7460"},
-		{Name: "r3", Peer: "10.3.0.5:7460"},
+		{Name: "r1", Peer: "10.1.0.5:7460", Kind: KindVoter},
+		{Name: "r2", Peer: "10.2.0.5:7460", Kind: KindVoter},
+		{Name: "r3", Peer: "10.3.0.5:7460", Kind: KindVoter},
 	}
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("got  %+v\nwant %+v", got, want)
@@ -60,12 +61,15 @@ func TestEverySetting(t *testing.T) {
 		Postgres: Postgres{DSN: "host=/run/postgresql dbname=app", BinDir: "/opt/pg/bin", ApplicationName: "quorate_b", DefaultReadOnly: true},
 		Listen:   Listen{Peer: "[::1]:1", Admin: ":2", NATS: "127.0.0.1:3", NATSCluster: "127.0.0.1:4"},
 		Regions: []Region{
-			{Name: "a", Peer: "h1:1", NATSRoute: "h1:2"},
-			{Name: "b", Peer: "h2:1", NATSRoute: "h2:2"},
+			{Name: "a", Peer: "h1:1", Kind: KindVoter, NATSRoute: "h1:2"},
+			{Name: "b", Peer: "h2:1", Kind: KindVoter, NATSRoute: "h2:2"},
+			{Name: "c", Peer: "h3:1", Kind: KindWitness, NATSRoute: "h3:2"},
+			{Name: "d", Peer: "h4:1", Kind: KindVoter, NATSRoute: "h4:2"},
+			{Name: "e", Peer: "h5:1", Kind: KindLearner, NATSRoute: "h5:2"},
 		},
-		PreferredLeader: "a",
+		PreferredLeader: "a", DurabilityRegions: 1,
 		Consensus: Consensus{HeartbeatInterval: 50 * time.Millisecond, ElectionTimeoutMin: 700 * time.Millisecond, LeaseDuration: 900 * time.Millisecond,
-			ClockDriftPPMMax: 7, WindowSlotsMax: 99, WindowBytesMax: 5 << 20},
+			ClockDriftPPMMax: 7, WindowSlotsMax: 99, WindowBytesMax: 5 << 20, Phase1Quorum: 3, Phase2Quorum: 2},
 		Log:            Log{Dir: "/l", SegmentBytes: 3 << 20},
 		Capture:        Capture{FragmentBytesMax: 100_000},
 		Replay:         Replay{BatchBytesMax: 2 << 20, LockTimeout: 250 * time.Millisecond, MaxReaderDelay: 3 * time.Second},
@@ -129,7 +133,7 @@ func TestFaults(t *testing.T) {
 			text: minimal + "consensus:\n  lease_durations: 2s\n  colour: red\n",
 			want: []string{
 				`f:13: consensus.lease_durations: unknown setting; did you mean lease_duration?`,
-				`f:14: consensus.colour: unknown setting; known here: clock_drift_ppm_max, election_timeout_min, heartbeat_interval, lease_duration, window_bytes_max, window_slots_max`,
+				`f:14: consensus.colour: unknown setting; known here: clock_drift_ppm_max, election_timeout_min, heartbeat_interval, lease_duration, phase1_quorum, phase2_quorum, window_bytes_max, window_slots_max`,
 			},
 		},
 		{
@@ -255,6 +259,55 @@ logging: {level: loud, format: xml}
 			}
 			if fault, ok := errors.AsType[*Fault](err); !ok || fault.File != "f" {
 				t.Errorf("no *Fault in %v", err)
+			}
+		})
+	}
+}
+
+// TestQuorums holds sizes and kinds to what is promised of them.
+func TestQuorums(t *testing.T) {
+	regions := func(kinds ...string) string {
+		text := "cluster: demo\nregion: r1\ndata_dir: /d\npostgres: {dsn: postgres://127.0.0.1/app}\nregions:\n"
+		for i, kind := range kinds {
+			text += fmt.Sprintf("  - {name: r%d, peer: \"h%d:1\", kind: %s}\n", i+1, i+1, kind)
+		}
+		return text
+	}
+	const v, w, l = KindVoter, KindWitness, KindLearner
+	five := regions(v, v, v, v, v)
+	for _, tc := range []struct {
+		name string
+		text string
+		want string // of the error; empty: none
+	}{
+		{"majorities need no word", five, ""},
+		{"majorities, their durability stated", five + "durability_regions: 2\n", ""},
+		{"a commit at the nearest region survives one loss", five + "consensus: {phase1_quorum: 4, phase2_quorum: 2}\ndurability_regions: 1\n", ""},
+		{"and is refused unless that is said", five + "consensus: {phase1_quorum: 4, phase2_quorum: 2}\n",
+			"f: durability_regions: missing; phase 1 of 4 and phase 2 of 2 among 5 voters survive the loss of 1 regions, a minority would be 2: set durability_regions: 1 if that is meant"},
+		{"a wrong word is corrected", five + "consensus: {phase1_quorum: 4, phase2_quorum: 2}\ndurability_regions: 2\n",
+			"f:12: durability_regions: 2 is not what phase 1 of 4 and phase 2 of 2 among 5 voters give, which is 1"},
+		{"nobody could find what is on two disks when three must promise of four left", five + "consensus: {phase1_quorum: 4}\n",
+			"f: durability_regions: missing; phase 1 of 4 and phase 2 of 3 among 5 voters survive the loss of 1 regions, a minority would be 2: set durability_regions: 1 if that is meant"},
+		{"more than was asked for", five + "consensus: {phase1_quorum: 2, phase2_quorum: 4}\n", ""},
+		{"sizes that may miss each other", five + "consensus: {phase1_quorum: 3, phase2_quorum: 2}\n",
+			"f:11: consensus.phase2_quorum: phase 1 of 3 and phase 2 of 2 do not always have a voter in common, of 5: their sum must be at least 6, or a new leader could miss what was acknowledged"},
+		{"sizes that cannot be, both told", five + "consensus:\n  phase1_quorum: 6\n  phase2_quorum: -1\n",
+			"f:12: consensus.phase1_quorum: 6 is not between 0 (a majority) and the 5 voters\nf:13: consensus.phase2_quorum: -1 is not between 0 (a majority) and the 5 voters"},
+		{"a witness of three leaves two databases", regions(v, v, w), ""},
+		{"two witnesses of five leave three", regions(v, v, v, w, w), ""},
+		{"three leave two, and with both a cut log is lost", regions(v, v, w, w, w),
+			"f: durability_regions: missing; phase 1 of 3 and phase 2 of 3 among 5 voters, 2 of them with a database, survive the loss of 1 regions, a minority would be 2: set durability_regions: 1 if that is meant"},
+		{"learners do not count", regions(v, v, v, l, l), ""},
+		{"a leader needs a database and a vote", regions(w, l, w), "f:5: regions: none is a voter with a database: nobody could lead"},
+		{"no such kind", regions(v, v, "arbiter"), `f:8: regions[2].kind: "arbiter" is none of voter, witness, learner`},
+		{"a witness is not preferred as leader", regions(v, v, w) + "preferred_leader: r3\n", `f:9: preferred_leader: "r3" is a witness, which cannot lead`},
+		{"a witness has no database", strings.Replace(strings.Replace(regions(v, v, w), "region: r1", "region: r3", 1), "postgres: {dsn: postgres://127.0.0.1/app}\n", "", 1), ""},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			_, err := Parse("f", []byte(tc.text))
+			if got := fmt.Sprint(err); err == nil && tc.want != "" || err != nil && got != tc.want {
+				t.Errorf("got:\n%s\nwant:\n%s", got, tc.want)
 			}
 		})
 	}

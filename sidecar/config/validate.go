@@ -51,8 +51,11 @@ func (d *decoder) validate(c Config) {
 	d.name("cluster", c.Cluster)
 	d.name("region", c.Region)
 	d.absolute("data_dir", c.DataDir)
-	d.postgres(c.Postgres)
+	if c.Own().HasDatabase() {
+		d.postgres(c.Postgres)
+	}
 	d.regions(c)
+	d.quorums(c)
 	d.listen(c)
 	d.consensus(c)
 	if c.Log.Dir != "" {
@@ -154,6 +157,9 @@ func (d *decoder) regions(c Config) {
 		key := fmt.Sprintf("regions[%d]", i)
 		d.name(key+".name", r.Name)
 		d.address(key+".peer", r.Peer)
+		if r.Kind != "" {
+			d.oneOf(key+".kind", r.Kind, KindVoter, KindWitness, KindLearner)
+		}
 		if first, ok := names[r.Name]; ok && r.Name != "" {
 			d.report(key+".name", "%q is listed twice; first as regions[%d]", r.Name, first)
 		} else {
@@ -177,9 +183,59 @@ func (d *decoder) regions(c Config) {
 	if _, ok := names[c.Region]; !ok && c.Region != "" {
 		d.report("region", "%q is not listed in regions", c.Region)
 	}
-	if _, ok := names[c.PreferredLeader]; !ok && c.PreferredLeader != "" {
+	if i, ok := names[c.PreferredLeader]; c.PreferredLeader == "" {
+	} else if !ok {
 		d.report("preferred_leader", "%q is not listed in regions", c.PreferredLeader)
+	} else if kind := c.Regions[i].Kind; kind == KindWitness || kind == KindLearner {
+		d.report("preferred_leader", "%q is a %s, which cannot lead", c.PreferredLeader, kind)
 	}
+}
+
+// quorums checks that the sizes meet, and that whoever gives up the promise of
+// surviving any minority says so.
+func (d *decoder) quorums(c Config) {
+	voters, databases := c.voters()
+	if len(c.Regions) == 0 {
+		return // reported already
+	}
+	if databases == 0 {
+		d.report("regions", "none is a voter with a database: nobody could lead")
+		return
+	}
+	s := c.Consensus
+	sound := true
+	for _, q := range []struct {
+		key  string
+		size int
+	}{{"consensus.phase1_quorum", s.Phase1Quorum}, {"consensus.phase2_quorum", s.Phase2Quorum}} {
+		if q.size < 0 || q.size > voters {
+			d.report(q.key, "%d is not between 0 (a majority) and the %d voters", q.size, voters)
+			sound = false
+		}
+	}
+	if !sound {
+		return
+	}
+	phase1, phase2 := c.Quorums()
+	if phase1+phase2 <= voters {
+		d.report("consensus.phase2_quorum", "phase 1 of %d and phase 2 of %d do not always have a voter in common, of %d: their sum must be at least %d, or a new leader could miss what was acknowledged", phase1, phase2, voters, voters+1)
+		return
+	}
+	promised, k := (voters-1)/2, Durability(voters, databases, phase1, phase2)
+	switch {
+	case c.DurabilityRegions >= 0 && c.DurabilityRegions != k || c.DurabilityRegions < -1:
+		d.report("durability_regions", "%d is not what %s give, which is %d", c.DurabilityRegions, sizes(voters, databases, phase1, phase2), k)
+	case c.DurabilityRegions < 0 && k < promised:
+		d.report("durability_regions", "missing; %s survive the loss of %d regions, a minority would be %d: set durability_regions: %d if that is meant", sizes(voters, databases, phase1, phase2), k, promised, k)
+	}
+}
+
+func sizes(voters, databases, phase1, phase2 int) string {
+	text := fmt.Sprintf("phase 1 of %d and phase 2 of %d among %d voters", phase1, phase2, voters)
+	if databases < voters {
+		text += fmt.Sprintf(", %d of them with a database,", databases)
+	}
+	return text
 }
 
 func (d *decoder) listen(c Config) {
@@ -194,7 +250,7 @@ func (d *decoder) listen(c Config) {
 	}
 	check("listen.peer", c.Listen.Peer)
 	check("listen.admin", c.Listen.Admin)
-	if c.embedsFeed() {
+	if c.embedsFeed() && c.Own().HasDatabase() {
 		check("listen.nats", c.Listen.NATS)
 		check("listen.nats_cluster", c.Listen.NATSCluster)
 	}
@@ -248,7 +304,7 @@ func (d *decoder) feed(c Config) {
 		return
 	}
 	for i, r := range c.Regions {
-		if r.NATSRoute == "" && len(c.Regions) > 1 {
+		if r.NATSRoute == "" && r.HasDatabase() && len(c.Regions) > 1 {
 			d.report(fmt.Sprintf("regions[%d].nats_route", i), "missing; the embedded feed needs the route to every region")
 		}
 	}
@@ -273,11 +329,11 @@ func between[T ~int | ~int64](d *decoder, key string, v, low, high T) {
 // Warnings tells what is allowed and yet probably not meant.
 func (c Config) Warnings() []string {
 	var w []string
-	switch n := len(c.Regions); {
+	switch n, _ := c.voters(); {
 	case n == 1:
-		w = append(w, "regions: one region survives no loss")
+		w = append(w, "regions: one voter survives no loss")
 	case n%2 == 0:
-		w = append(w, fmt.Sprintf("regions: %d survive no more losses than %d would; an odd number is advised", n, n-1))
+		w = append(w, fmt.Sprintf("regions: %d voters survive no more losses than %d would; an odd number is advised", n, n-1))
 	}
 	return w
 }

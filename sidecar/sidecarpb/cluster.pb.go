@@ -81,12 +81,18 @@ func (Life) EnumDescriptor() ([]byte, []int) {
 }
 
 type ProbeRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Cluster       string                 `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
-	Region        string                 `protobuf:"bytes,2,opt,name=region,proto3" json:"region,omitempty"`
-	Regions       []string               `protobuf:"bytes,3,rep,name=regions,proto3" json:"regions,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Cluster string                 `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
+	Region  string                 `protobuf:"bytes,2,opt,name=region,proto3" json:"region,omitempty"`
+	Regions []string               `protobuf:"bytes,3,rep,name=regions,proto3" json:"regions,omitempty"`
+	// What all must have alike when the cluster is made; the quorums as sizes, the
+	// kinds in the order of regions.
+	Kinds           []string `protobuf:"bytes,4,rep,name=kinds,proto3" json:"kinds,omitempty"`
+	Phase1Quorum    uint32   `protobuf:"varint,5,opt,name=phase1_quorum,json=phase1Quorum,proto3" json:"phase1_quorum,omitempty"`
+	Phase2Quorum    uint32   `protobuf:"varint,6,opt,name=phase2_quorum,json=phase2Quorum,proto3" json:"phase2_quorum,omitempty"`
+	LeaseDurationNs int64    `protobuf:"varint,7,opt,name=lease_duration_ns,json=leaseDurationNs,proto3" json:"lease_duration_ns,omitempty"` // of all, always
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *ProbeRequest) Reset() {
@@ -138,6 +144,34 @@ func (x *ProbeRequest) GetRegions() []string {
 		return x.Regions
 	}
 	return nil
+}
+
+func (x *ProbeRequest) GetKinds() []string {
+	if x != nil {
+		return x.Kinds
+	}
+	return nil
+}
+
+func (x *ProbeRequest) GetPhase1Quorum() uint32 {
+	if x != nil {
+		return x.Phase1Quorum
+	}
+	return 0
+}
+
+func (x *ProbeRequest) GetPhase2Quorum() uint32 {
+	if x != nil {
+		return x.Phase2Quorum
+	}
+	return 0
+}
+
+func (x *ProbeRequest) GetLeaseDurationNs() int64 {
+	if x != nil {
+		return x.LeaseDurationNs
+	}
+	return 0
 }
 
 type ProbeReply struct {
@@ -590,6 +624,10 @@ type RegionReply struct {
 	Healthy         bool                   `protobuf:"varint,14,opt,name=healthy,proto3" json:"healthy,omitempty"`
 	Health          string                 `protobuf:"bytes,15,opt,name=health,proto3" json:"health,omitempty"`
 	LeaseDurationNs int64                  `protobuf:"varint,16,opt,name=lease_duration_ns,json=leaseDurationNs,proto3" json:"lease_duration_ns,omitempty"` // as configured there
+	Kind            string                 `protobuf:"bytes,17,opt,name=kind,proto3" json:"kind,omitempty"`                                                 // voter, witness, learner: as the group has it
+	Base            uint64                 `protobuf:"varint,18,opt,name=base,proto3" json:"base,omitempty"`                                                // the log begins behind this slot
+	Durable         uint64                 `protobuf:"varint,19,opt,name=durable,proto3" json:"durable,omitempty"`                                          // the database has everything up to here on disk; 0: none, or not known
+	FeedNext        uint64                 `protobuf:"varint,20,opt,name=feed_next,json=feedNext,proto3" json:"feed_next,omitempty"`                        // leader with a feed: everything below is published; 0: not known
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -736,6 +774,34 @@ func (x *RegionReply) GetLeaseDurationNs() int64 {
 	return 0
 }
 
+func (x *RegionReply) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *RegionReply) GetBase() uint64 {
+	if x != nil {
+		return x.Base
+	}
+	return 0
+}
+
+func (x *RegionReply) GetDurable() uint64 {
+	if x != nil {
+		return x.Durable
+	}
+	return 0
+}
+
+func (x *RegionReply) GetFeedNext() uint64 {
+	if x != nil {
+		return x.FeedNext
+	}
+	return 0
+}
+
 type TransferRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	ClusterId     uint64                 `protobuf:"fixed64,1,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
@@ -832,15 +898,203 @@ func (x *TransferReply) GetPauseNs() int64 {
 	return 0
 }
 
+type BaseRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ClusterId     uint64                 `protobuf:"fixed64,1,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BaseRequest) Reset() {
+	*x = BaseRequest{}
+	mi := &file_cluster_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BaseRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BaseRequest) ProtoMessage() {}
+
+func (x *BaseRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_cluster_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BaseRequest.ProtoReflect.Descriptor instead.
+func (*BaseRequest) Descriptor() ([]byte, []int) {
+	return file_cluster_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *BaseRequest) GetClusterId() uint64 {
+	if x != nil {
+		return x.ClusterId
+	}
+	return 0
+}
+
+type BaseReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Base          []byte                 `protobuf:"bytes,1,opt,name=base,proto3" json:"base,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BaseReply) Reset() {
+	*x = BaseReply{}
+	mi := &file_cluster_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BaseReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BaseReply) ProtoMessage() {}
+
+func (x *BaseReply) ProtoReflect() protoreflect.Message {
+	mi := &file_cluster_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BaseReply.ProtoReflect.Descriptor instead.
+func (*BaseReply) Descriptor() ([]byte, []int) {
+	return file_cluster_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *BaseReply) GetBase() []byte {
+	if x != nil {
+		return x.Base
+	}
+	return nil
+}
+
+type ApplyMembersRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ClusterId     uint64                 `protobuf:"fixed64,1,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	DryRun        bool                   `protobuf:"varint,2,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ApplyMembersRequest) Reset() {
+	*x = ApplyMembersRequest{}
+	mi := &file_cluster_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ApplyMembersRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ApplyMembersRequest) ProtoMessage() {}
+
+func (x *ApplyMembersRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_cluster_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ApplyMembersRequest.ProtoReflect.Descriptor instead.
+func (*ApplyMembersRequest) Descriptor() ([]byte, []int) {
+	return file_cluster_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *ApplyMembersRequest) GetClusterId() uint64 {
+	if x != nil {
+		return x.ClusterId
+	}
+	return 0
+}
+
+func (x *ApplyMembersRequest) GetDryRun() bool {
+	if x != nil {
+		return x.DryRun
+	}
+	return false
+}
+
+type ApplyMembersReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Changes       []string               `protobuf:"bytes,1,rep,name=changes,proto3" json:"changes,omitempty"` // in words; none: all was so already
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ApplyMembersReply) Reset() {
+	*x = ApplyMembersReply{}
+	mi := &file_cluster_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ApplyMembersReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ApplyMembersReply) ProtoMessage() {}
+
+func (x *ApplyMembersReply) ProtoReflect() protoreflect.Message {
+	mi := &file_cluster_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ApplyMembersReply.ProtoReflect.Descriptor instead.
+func (*ApplyMembersReply) Descriptor() ([]byte, []int) {
+	return file_cluster_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *ApplyMembersReply) GetChanges() []string {
+	if x != nil {
+		return x.Changes
+	}
+	return nil
+}
+
 var File_cluster_proto protoreflect.FileDescriptor
 
 const file_cluster_proto_rawDesc = "" +
 	"\n" +
-	"\rcluster.proto\x12\x0fquorate.sidecar\"Z\n" +
+	"\rcluster.proto\x12\x0fquorate.sidecar\"\xe6\x01\n" +
 	"\fProbeRequest\x12\x18\n" +
 	"\acluster\x18\x01 \x01(\tR\acluster\x12\x16\n" +
 	"\x06region\x18\x02 \x01(\tR\x06region\x12\x18\n" +
-	"\aregions\x18\x03 \x03(\tR\aregions\"\xdf\x01\n" +
+	"\aregions\x18\x03 \x03(\tR\aregions\x12\x14\n" +
+	"\x05kinds\x18\x04 \x03(\tR\x05kinds\x12#\n" +
+	"\rphase1_quorum\x18\x05 \x01(\rR\fphase1Quorum\x12#\n" +
+	"\rphase2_quorum\x18\x06 \x01(\rR\fphase2Quorum\x12*\n" +
+	"\x11lease_duration_ns\x18\a \x01(\x03R\x0fleaseDurationNs\"\xdf\x01\n" +
 	"\n" +
 	"ProbeReply\x12\x16\n" +
 	"\x06region\x18\x01 \x01(\tR\x06region\x12)\n" +
@@ -879,7 +1133,7 @@ const file_cluster_proto_rawDesc = "" +
 	"membership\".\n" +
 	"\rRegionRequest\x12\x1d\n" +
 	"\n" +
-	"cluster_id\x18\x01 \x01(\x06R\tclusterId\"\xdd\x03\n" +
+	"cluster_id\x18\x01 \x01(\x06R\tclusterId\"\xbc\x04\n" +
 	"\vRegionReply\x12\x16\n" +
 	"\x06region\x18\x01 \x01(\tR\x06region\x12\x1d\n" +
 	"\n" +
@@ -898,27 +1152,44 @@ const file_cluster_proto_rawDesc = "" +
 	"\x06lag_ns\x18\r \x01(\x03R\x05lagNs\x12\x18\n" +
 	"\ahealthy\x18\x0e \x01(\bR\ahealthy\x12\x16\n" +
 	"\x06health\x18\x0f \x01(\tR\x06health\x12*\n" +
-	"\x11lease_duration_ns\x18\x10 \x01(\x03R\x0fleaseDurationNs\"@\n" +
+	"\x11lease_duration_ns\x18\x10 \x01(\x03R\x0fleaseDurationNs\x12\x12\n" +
+	"\x04kind\x18\x11 \x01(\tR\x04kind\x12\x12\n" +
+	"\x04base\x18\x12 \x01(\x04R\x04base\x12\x18\n" +
+	"\adurable\x18\x13 \x01(\x04R\adurable\x12\x1b\n" +
+	"\tfeed_next\x18\x14 \x01(\x04R\bfeedNext\"@\n" +
 	"\x0fTransferRequest\x12\x1d\n" +
 	"\n" +
 	"cluster_id\x18\x01 \x01(\x06R\tclusterId\x12\x0e\n" +
 	"\x02to\x18\x02 \x01(\tR\x02to\"*\n" +
 	"\rTransferReply\x12\x19\n" +
-	"\bpause_ns\x18\x01 \x01(\x03R\apauseNs*b\n" +
+	"\bpause_ns\x18\x01 \x01(\x03R\apauseNs\",\n" +
+	"\vBaseRequest\x12\x1d\n" +
+	"\n" +
+	"cluster_id\x18\x01 \x01(\x06R\tclusterId\"\x1f\n" +
+	"\tBaseReply\x12\x12\n" +
+	"\x04base\x18\x01 \x01(\fR\x04base\"M\n" +
+	"\x13ApplyMembersRequest\x12\x1d\n" +
+	"\n" +
+	"cluster_id\x18\x01 \x01(\x06R\tclusterId\x12\x17\n" +
+	"\adry_run\x18\x02 \x01(\bR\x06dryRun\"-\n" +
+	"\x11ApplyMembersReply\x12\x18\n" +
+	"\achanges\x18\x01 \x03(\tR\achanges*b\n" +
 	"\x04Life\x12\x14\n" +
 	"\x10LIFE_UNSPECIFIED\x10\x00\x12\x0e\n" +
 	"\n" +
 	"LIFE_EMPTY\x10\x01\x12\x11\n" +
 	"\rLIFE_PREPARED\x10\x02\x12\x0f\n" +
 	"\vLIFE_MEMBER\x10\x03\x12\x10\n" +
-	"\fLIFE_JOINING\x10\x042\xbf\x03\n" +
+	"\fLIFE_JOINING\x10\x042\xdb\x04\n" +
 	"\aCluster\x12C\n" +
 	"\x05Probe\x12\x1d.quorate.sidecar.ProbeRequest\x1a\x1b.quorate.sidecar.ProbeReply\x12I\n" +
 	"\aPrepare\x12\x1f.quorate.sidecar.PrepareRequest\x1a\x1d.quorate.sidecar.PrepareReply\x12L\n" +
 	"\bActivate\x12 .quorate.sidecar.ActivateRequest\x1a\x1e.quorate.sidecar.ActivateReply\x12@\n" +
 	"\x04Join\x12\x1c.quorate.sidecar.JoinRequest\x1a\x1a.quorate.sidecar.JoinReply\x12F\n" +
 	"\x06Region\x12\x1e.quorate.sidecar.RegionRequest\x1a\x1c.quorate.sidecar.RegionReply\x12L\n" +
-	"\bTransfer\x12 .quorate.sidecar.TransferRequest\x1a\x1e.quorate.sidecar.TransferReplyB\x1bZ\x19quorate/sidecar/sidecarpbb\x06proto3"
+	"\bTransfer\x12 .quorate.sidecar.TransferRequest\x1a\x1e.quorate.sidecar.TransferReply\x12@\n" +
+	"\x04Base\x12\x1c.quorate.sidecar.BaseRequest\x1a\x1a.quorate.sidecar.BaseReply\x12X\n" +
+	"\fApplyMembers\x12$.quorate.sidecar.ApplyMembersRequest\x1a\".quorate.sidecar.ApplyMembersReplyB\x1bZ\x19quorate/sidecar/sidecarpbb\x06proto3"
 
 var (
 	file_cluster_proto_rawDescOnce sync.Once
@@ -933,21 +1204,25 @@ func file_cluster_proto_rawDescGZIP() []byte {
 }
 
 var file_cluster_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
+var file_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
 var file_cluster_proto_goTypes = []any{
-	(Life)(0),               // 0: quorate.sidecar.Life
-	(*ProbeRequest)(nil),    // 1: quorate.sidecar.ProbeRequest
-	(*ProbeReply)(nil),      // 2: quorate.sidecar.ProbeReply
-	(*PrepareRequest)(nil),  // 3: quorate.sidecar.PrepareRequest
-	(*PrepareReply)(nil),    // 4: quorate.sidecar.PrepareReply
-	(*ActivateRequest)(nil), // 5: quorate.sidecar.ActivateRequest
-	(*ActivateReply)(nil),   // 6: quorate.sidecar.ActivateReply
-	(*JoinRequest)(nil),     // 7: quorate.sidecar.JoinRequest
-	(*JoinReply)(nil),       // 8: quorate.sidecar.JoinReply
-	(*RegionRequest)(nil),   // 9: quorate.sidecar.RegionRequest
-	(*RegionReply)(nil),     // 10: quorate.sidecar.RegionReply
-	(*TransferRequest)(nil), // 11: quorate.sidecar.TransferRequest
-	(*TransferReply)(nil),   // 12: quorate.sidecar.TransferReply
+	(Life)(0),                   // 0: quorate.sidecar.Life
+	(*ProbeRequest)(nil),        // 1: quorate.sidecar.ProbeRequest
+	(*ProbeReply)(nil),          // 2: quorate.sidecar.ProbeReply
+	(*PrepareRequest)(nil),      // 3: quorate.sidecar.PrepareRequest
+	(*PrepareReply)(nil),        // 4: quorate.sidecar.PrepareReply
+	(*ActivateRequest)(nil),     // 5: quorate.sidecar.ActivateRequest
+	(*ActivateReply)(nil),       // 6: quorate.sidecar.ActivateReply
+	(*JoinRequest)(nil),         // 7: quorate.sidecar.JoinRequest
+	(*JoinReply)(nil),           // 8: quorate.sidecar.JoinReply
+	(*RegionRequest)(nil),       // 9: quorate.sidecar.RegionRequest
+	(*RegionReply)(nil),         // 10: quorate.sidecar.RegionReply
+	(*TransferRequest)(nil),     // 11: quorate.sidecar.TransferRequest
+	(*TransferReply)(nil),       // 12: quorate.sidecar.TransferReply
+	(*BaseRequest)(nil),         // 13: quorate.sidecar.BaseRequest
+	(*BaseReply)(nil),           // 14: quorate.sidecar.BaseReply
+	(*ApplyMembersRequest)(nil), // 15: quorate.sidecar.ApplyMembersRequest
+	(*ApplyMembersReply)(nil),   // 16: quorate.sidecar.ApplyMembersReply
 }
 var file_cluster_proto_depIdxs = []int32{
 	0,  // 0: quorate.sidecar.ProbeReply.life:type_name -> quorate.sidecar.Life
@@ -957,14 +1232,18 @@ var file_cluster_proto_depIdxs = []int32{
 	7,  // 4: quorate.sidecar.Cluster.Join:input_type -> quorate.sidecar.JoinRequest
 	9,  // 5: quorate.sidecar.Cluster.Region:input_type -> quorate.sidecar.RegionRequest
 	11, // 6: quorate.sidecar.Cluster.Transfer:input_type -> quorate.sidecar.TransferRequest
-	2,  // 7: quorate.sidecar.Cluster.Probe:output_type -> quorate.sidecar.ProbeReply
-	4,  // 8: quorate.sidecar.Cluster.Prepare:output_type -> quorate.sidecar.PrepareReply
-	6,  // 9: quorate.sidecar.Cluster.Activate:output_type -> quorate.sidecar.ActivateReply
-	8,  // 10: quorate.sidecar.Cluster.Join:output_type -> quorate.sidecar.JoinReply
-	10, // 11: quorate.sidecar.Cluster.Region:output_type -> quorate.sidecar.RegionReply
-	12, // 12: quorate.sidecar.Cluster.Transfer:output_type -> quorate.sidecar.TransferReply
-	7,  // [7:13] is the sub-list for method output_type
-	1,  // [1:7] is the sub-list for method input_type
+	13, // 7: quorate.sidecar.Cluster.Base:input_type -> quorate.sidecar.BaseRequest
+	15, // 8: quorate.sidecar.Cluster.ApplyMembers:input_type -> quorate.sidecar.ApplyMembersRequest
+	2,  // 9: quorate.sidecar.Cluster.Probe:output_type -> quorate.sidecar.ProbeReply
+	4,  // 10: quorate.sidecar.Cluster.Prepare:output_type -> quorate.sidecar.PrepareReply
+	6,  // 11: quorate.sidecar.Cluster.Activate:output_type -> quorate.sidecar.ActivateReply
+	8,  // 12: quorate.sidecar.Cluster.Join:output_type -> quorate.sidecar.JoinReply
+	10, // 13: quorate.sidecar.Cluster.Region:output_type -> quorate.sidecar.RegionReply
+	12, // 14: quorate.sidecar.Cluster.Transfer:output_type -> quorate.sidecar.TransferReply
+	14, // 15: quorate.sidecar.Cluster.Base:output_type -> quorate.sidecar.BaseReply
+	16, // 16: quorate.sidecar.Cluster.ApplyMembers:output_type -> quorate.sidecar.ApplyMembersReply
+	9,  // [9:17] is the sub-list for method output_type
+	1,  // [1:9] is the sub-list for method input_type
 	1,  // [1:1] is the sub-list for extension type_name
 	1,  // [1:1] is the sub-list for extension extendee
 	0,  // [0:1] is the sub-list for field type_name
@@ -981,7 +1260,7 @@ func file_cluster_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_cluster_proto_rawDesc), len(file_cluster_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   12,
+			NumMessages:   16,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

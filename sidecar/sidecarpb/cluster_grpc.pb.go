@@ -23,12 +23,14 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Cluster_Probe_FullMethodName    = "/quorate.sidecar.Cluster/Probe"
-	Cluster_Prepare_FullMethodName  = "/quorate.sidecar.Cluster/Prepare"
-	Cluster_Activate_FullMethodName = "/quorate.sidecar.Cluster/Activate"
-	Cluster_Join_FullMethodName     = "/quorate.sidecar.Cluster/Join"
-	Cluster_Region_FullMethodName   = "/quorate.sidecar.Cluster/Region"
-	Cluster_Transfer_FullMethodName = "/quorate.sidecar.Cluster/Transfer"
+	Cluster_Probe_FullMethodName        = "/quorate.sidecar.Cluster/Probe"
+	Cluster_Prepare_FullMethodName      = "/quorate.sidecar.Cluster/Prepare"
+	Cluster_Activate_FullMethodName     = "/quorate.sidecar.Cluster/Activate"
+	Cluster_Join_FullMethodName         = "/quorate.sidecar.Cluster/Join"
+	Cluster_Region_FullMethodName       = "/quorate.sidecar.Cluster/Region"
+	Cluster_Transfer_FullMethodName     = "/quorate.sidecar.Cluster/Transfer"
+	Cluster_Base_FullMethodName         = "/quorate.sidecar.Cluster/Base"
+	Cluster_ApplyMembers_FullMethodName = "/quorate.sidecar.Cluster/ApplyMembers"
 )
 
 // ClusterClient is the client API for Cluster service.
@@ -49,6 +51,12 @@ type ClusterClient interface {
 	Region(ctx context.Context, in *RegionRequest, opts ...grpc.CallOption) (*RegionReply, error)
 	// Transfer asks the leader's sidecar to hand leadership to a region.
 	Transfer(ctx context.Context, in *TransferRequest, opts ...grpc.CallOption) (*TransferReply, error)
+	// Base tells where the region's log begins: where that of a witness, which has
+	// no database to hold what came before, may begin too.
+	Base(ctx context.Context, in *BaseRequest, opts ...grpc.CallOption) (*BaseReply, error)
+	// ApplyMembers asks the leader's sidecar to make the group's membership what
+	// its configuration says.
+	ApplyMembers(ctx context.Context, in *ApplyMembersRequest, opts ...grpc.CallOption) (*ApplyMembersReply, error)
 }
 
 type clusterClient struct {
@@ -119,6 +127,26 @@ func (c *clusterClient) Transfer(ctx context.Context, in *TransferRequest, opts 
 	return out, nil
 }
 
+func (c *clusterClient) Base(ctx context.Context, in *BaseRequest, opts ...grpc.CallOption) (*BaseReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(BaseReply)
+	err := c.cc.Invoke(ctx, Cluster_Base_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *clusterClient) ApplyMembers(ctx context.Context, in *ApplyMembersRequest, opts ...grpc.CallOption) (*ApplyMembersReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ApplyMembersReply)
+	err := c.cc.Invoke(ctx, Cluster_ApplyMembers_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // ClusterServer is the server API for Cluster service.
 // All implementations must embed UnimplementedClusterServer
 // for forward compatibility.
@@ -137,6 +165,12 @@ type ClusterServer interface {
 	Region(context.Context, *RegionRequest) (*RegionReply, error)
 	// Transfer asks the leader's sidecar to hand leadership to a region.
 	Transfer(context.Context, *TransferRequest) (*TransferReply, error)
+	// Base tells where the region's log begins: where that of a witness, which has
+	// no database to hold what came before, may begin too.
+	Base(context.Context, *BaseRequest) (*BaseReply, error)
+	// ApplyMembers asks the leader's sidecar to make the group's membership what
+	// its configuration says.
+	ApplyMembers(context.Context, *ApplyMembersRequest) (*ApplyMembersReply, error)
 	mustEmbedUnimplementedClusterServer()
 }
 
@@ -164,6 +198,12 @@ func (UnimplementedClusterServer) Region(context.Context, *RegionRequest) (*Regi
 }
 func (UnimplementedClusterServer) Transfer(context.Context, *TransferRequest) (*TransferReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method Transfer not implemented")
+}
+func (UnimplementedClusterServer) Base(context.Context, *BaseRequest) (*BaseReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method Base not implemented")
+}
+func (UnimplementedClusterServer) ApplyMembers(context.Context, *ApplyMembersRequest) (*ApplyMembersReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method ApplyMembers not implemented")
 }
 func (UnimplementedClusterServer) mustEmbedUnimplementedClusterServer() {}
 func (UnimplementedClusterServer) testEmbeddedByValue()                 {}
@@ -294,6 +334,42 @@ func _Cluster_Transfer_Handler(srv interface{}, ctx context.Context, dec func(in
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Cluster_Base_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(BaseRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ClusterServer).Base(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Cluster_Base_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ClusterServer).Base(ctx, req.(*BaseRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Cluster_ApplyMembers_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ApplyMembersRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ClusterServer).ApplyMembers(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Cluster_ApplyMembers_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ClusterServer).ApplyMembers(ctx, req.(*ApplyMembersRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Cluster_ServiceDesc is the grpc.ServiceDesc for Cluster service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -324,6 +400,14 @@ var Cluster_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Transfer",
 			Handler:    _Cluster_Transfer_Handler,
+		},
+		{
+			MethodName: "Base",
+			Handler:    _Cluster_Base_Handler,
+		},
+		{
+			MethodName: "ApplyMembers",
+			Handler:    _Cluster_ApplyMembers_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},

@@ -72,7 +72,7 @@ func main() {
 }
 
 func run(ctx context.Context) (err error) {
-	only := flag.String("only", ".", "run the parts whose name matches: local, wan, seed, fence")
+	only := flag.String("only", ".", "run the parts whose name matches: local, wan, flexible, seed, fence")
 	bin := flag.String("bin", "bin", "directory of quorate and paxosctl")
 	verbose := flag.Bool("v", false, "tell what the sandbox does")
 	flag.Parse()
@@ -114,6 +114,7 @@ func run(ctx context.Context) (err error) {
 	}{
 		{"local", func(ctx context.Context) error { return b.commits(ctx, sandbox.WANNone) }},
 		{"wan", func(ctx context.Context) error { return b.commits(ctx, sandbox.WANGlobal) }},
+		{"flexible", b.flexible},
 		{"seed", b.seed},
 		{"fence", b.fence},
 	} {

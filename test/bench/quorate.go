@@ -24,10 +24,15 @@ type quorateCluster struct {
 // first is where leadership is wanted: the delays are counted from there.
 const first = "r1"
 
-func (b *bench) startQuorate(ctx context.Context, dir, wan string, regions int) (_ *quorateCluster, err error) {
+func (b *bench) startQuorate(ctx context.Context, dir, wan string, regions int) (*quorateCluster, error) {
+	return b.startQuorateAs(ctx, sandbox.Options{Dir: dir, Regions: &regions, WAN: &wan})
+}
+
+func (b *bench) startQuorateAs(ctx context.Context, o sandbox.Options) (_ *quorateCluster, err error) {
 	off, none := false, ""
-	o := sandbox.Options{Dir: dir, Regions: &regions, WAN: &wan, Feed: &off, OTLP: &none, Jaeger: &off,
-		QuorateBin: filepath.Join(b.bin, "quorate"), PostgresBin: b.pgBin, PostgresSettings: serverSettings()}
+	o.Feed, o.OTLP, o.Jaeger = &off, &none, &off
+	o.QuorateBin, o.PostgresBin, o.PostgresSettings = filepath.Join(b.bin, "quorate"), b.pgBin, serverSettings()
+	dir := o.Dir
 	if b.verbose {
 		o.Progress = func(line string) { b.progress("%s", line) }
 	}

@@ -31,6 +31,11 @@ type Options struct {
 	Jaeger   bool
 	OTLP     string
 	Postgres map[string]string // settings of every server
+
+	Witnesses, Learners []string
+	Phase1, Phase2      int               // 0: majorities
+	Durability          *int              // durability_regions
+	Settings            map[string]string // of every sidecar, by dotted key; see sandbox.Options
 }
 
 // Cluster is a running sandbox.
@@ -107,6 +112,7 @@ func (c *Cluster) up(o Options) {
 	s, err := sandbox.New(ctx, sandbox.Options{
 		Dir: c.Dir, Regions: &o.Regions, WAN: &o.WAN, Feed: &o.Feed, OTLP: &o.OTLP, Jaeger: &o.Jaeger,
 		QuorateBin: filepath.Join(Binaries(c.t), "quorate"), PostgresSettings: o.Postgres,
+		Witnesses: o.Witnesses, Learners: o.Learners, Phase1: &o.Phase1, Phase2: &o.Phase2, DurabilityRegions: o.Durability, Settings: o.Settings,
 	})
 	if err != nil {
 		c.t.Fatal(err)

@@ -74,7 +74,10 @@ type StatusResponse struct {
 	Region            string                 `protobuf:"bytes,2,opt,name=region,proto3" json:"region,omitempty"` // the one that answers
 	Leader            string                 `protobuf:"bytes,3,opt,name=leader,proto3" json:"leader,omitempty"` // empty if none is known
 	Regions           []*RegionStatus        `protobuf:"bytes,4,rep,name=regions,proto3" json:"regions,omitempty"`
-	DurabilityRegions uint32                 `protobuf:"varint,5,opt,name=durability_regions,json=durabilityRegions,proto3" json:"durability_regions,omitempty"` // regions that have an acknowledged commit on disk, at least
+	DurabilityRegions uint32                 `protobuf:"varint,5,opt,name=durability_regions,json=durabilityRegions,proto3" json:"durability_regions,omitempty"` // regions whose loss for good loses nothing acknowledged
+	Phase1Quorum      uint32                 `protobuf:"varint,6,opt,name=phase1_quorum,json=phase1Quorum,proto3" json:"phase1_quorum,omitempty"`                // voters that must promise before one leads
+	Phase2Quorum      uint32                 `protobuf:"varint,7,opt,name=phase2_quorum,json=phase2Quorum,proto3" json:"phase2_quorum,omitempty"`                // voters that have an acknowledged commit on disk, at least
+	Voters            uint32                 `protobuf:"varint,8,opt,name=voters,proto3" json:"voters,omitempty"`                                                // witnesses included; 0: not known yet
 	unknownFields     protoimpl.UnknownFields
 	sizeCache         protoimpl.SizeCache
 }
@@ -144,6 +147,27 @@ func (x *StatusResponse) GetDurabilityRegions() uint32 {
 	return 0
 }
 
+func (x *StatusResponse) GetPhase1Quorum() uint32 {
+	if x != nil {
+		return x.Phase1Quorum
+	}
+	return 0
+}
+
+func (x *StatusResponse) GetPhase2Quorum() uint32 {
+	if x != nil {
+		return x.Phase2Quorum
+	}
+	return 0
+}
+
+func (x *StatusResponse) GetVoters() uint32 {
+	if x != nil {
+		return x.Voters
+	}
+	return 0
+}
+
 type RegionStatus struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -166,6 +190,9 @@ type RegionStatus struct {
 	CaughtUp      bool                   `protobuf:"varint,18,opt,name=caught_up,json=caughtUp,proto3" json:"caught_up,omitempty"`
 	Base          uint64                 `protobuf:"varint,19,opt,name=base,proto3" json:"base,omitempty"`                                  // the log holds the slots above it
 	VoidEntries   uint64                 `protobuf:"varint,20,opt,name=void_entries,json=voidEntries,proto3" json:"void_entries,omitempty"` // delivered since start
+	Kind          string                 `protobuf:"bytes,21,opt,name=kind,proto3" json:"kind,omitempty"`                                   // voter, witness, learner
+	Durable       uint64                 `protobuf:"varint,22,opt,name=durable,proto3" json:"durable,omitempty"`                            // the database has everything up to here on disk; 0: none, or not known
+	LogBytes      uint64                 `protobuf:"varint,23,opt,name=log_bytes,json=logBytes,proto3" json:"log_bytes,omitempty"`          // that the log takes on disk
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -336,6 +363,27 @@ func (x *RegionStatus) GetBase() uint64 {
 func (x *RegionStatus) GetVoidEntries() uint64 {
 	if x != nil {
 		return x.VoidEntries
+	}
+	return 0
+}
+
+func (x *RegionStatus) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *RegionStatus) GetDurable() uint64 {
+	if x != nil {
+		return x.Durable
+	}
+	return 0
+}
+
+func (x *RegionStatus) GetLogBytes() uint64 {
+	if x != nil {
+		return x.LogBytes
 	}
 	return 0
 }
@@ -816,6 +864,94 @@ func (x *TableRows) GetRows() uint64 {
 	return 0
 }
 
+type MemberApplyRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	DryRun        bool                   `protobuf:"varint,1,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"` // only tell what would change
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MemberApplyRequest) Reset() {
+	*x = MemberApplyRequest{}
+	mi := &file_admin_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MemberApplyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MemberApplyRequest) ProtoMessage() {}
+
+func (x *MemberApplyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MemberApplyRequest.ProtoReflect.Descriptor instead.
+func (*MemberApplyRequest) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *MemberApplyRequest) GetDryRun() bool {
+	if x != nil {
+		return x.DryRun
+	}
+	return false
+}
+
+type MemberApplyResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Changes       []string               `protobuf:"bytes,1,rep,name=changes,proto3" json:"changes,omitempty"` // in words; none: all was so already
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MemberApplyResponse) Reset() {
+	*x = MemberApplyResponse{}
+	mi := &file_admin_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MemberApplyResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MemberApplyResponse) ProtoMessage() {}
+
+func (x *MemberApplyResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MemberApplyResponse.ProtoReflect.Descriptor instead.
+func (*MemberApplyResponse) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *MemberApplyResponse) GetChanges() []string {
+	if x != nil {
+		return x.Changes
+	}
+	return nil
+}
+
 type VersionRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -824,7 +960,7 @@ type VersionRequest struct {
 
 func (x *VersionRequest) Reset() {
 	*x = VersionRequest{}
-	mi := &file_admin_proto_msgTypes[10]
+	mi := &file_admin_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -836,7 +972,7 @@ func (x *VersionRequest) String() string {
 func (*VersionRequest) ProtoMessage() {}
 
 func (x *VersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[10]
+	mi := &file_admin_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -849,7 +985,7 @@ func (x *VersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionRequest.ProtoReflect.Descriptor instead.
 func (*VersionRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{10}
+	return file_admin_proto_rawDescGZIP(), []int{12}
 }
 
 type VersionResponse struct {
@@ -865,7 +1001,7 @@ type VersionResponse struct {
 
 func (x *VersionResponse) Reset() {
 	*x = VersionResponse{}
-	mi := &file_admin_proto_msgTypes[11]
+	mi := &file_admin_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -877,7 +1013,7 @@ func (x *VersionResponse) String() string {
 func (*VersionResponse) ProtoMessage() {}
 
 func (x *VersionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[11]
+	mi := &file_admin_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -890,7 +1026,7 @@ func (x *VersionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionResponse.ProtoReflect.Descriptor instead.
 func (*VersionResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{11}
+	return file_admin_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *VersionResponse) GetVersion() string {
@@ -934,13 +1070,16 @@ const file_admin_proto_rawDesc = "" +
 	"\n" +
 	"\vadmin.proto\x12\x10quorate.admin.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"!\n" +
 	"\rStatusRequest\x12\x10\n" +
-	"\x03all\x18\x01 \x01(\bR\x03all\"\xc3\x01\n" +
+	"\x03all\x18\x01 \x01(\bR\x03all\"\xa5\x02\n" +
 	"\x0eStatusResponse\x12\x18\n" +
 	"\acluster\x18\x01 \x01(\tR\acluster\x12\x16\n" +
 	"\x06region\x18\x02 \x01(\tR\x06region\x12\x16\n" +
 	"\x06leader\x18\x03 \x01(\tR\x06leader\x128\n" +
 	"\aregions\x18\x04 \x03(\v2\x1e.quorate.admin.v1.RegionStatusR\aregions\x12-\n" +
-	"\x12durability_regions\x18\x05 \x01(\rR\x11durabilityRegions\"\xc7\x04\n" +
+	"\x12durability_regions\x18\x05 \x01(\rR\x11durabilityRegions\x12#\n" +
+	"\rphase1_quorum\x18\x06 \x01(\rR\fphase1Quorum\x12#\n" +
+	"\rphase2_quorum\x18\a \x01(\rR\fphase2Quorum\x12\x16\n" +
+	"\x06voters\x18\b \x01(\rR\x06voters\"\x92\x05\n" +
 	"\fRegionStatus\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1d\n" +
 	"\n" +
@@ -964,7 +1103,10 @@ const file_admin_proto_rawDesc = "" +
 	"\treachable\x18\x11 \x01(\bR\treachable\x12\x1b\n" +
 	"\tcaught_up\x18\x12 \x01(\bR\bcaughtUp\x12\x12\n" +
 	"\x04base\x18\x13 \x01(\x04R\x04base\x12!\n" +
-	"\fvoid_entries\x18\x14 \x01(\x04R\vvoidEntries\"\x0f\n" +
+	"\fvoid_entries\x18\x14 \x01(\x04R\vvoidEntries\x12\x12\n" +
+	"\x04kind\x18\x15 \x01(\tR\x04kind\x12\x18\n" +
+	"\adurable\x18\x16 \x01(\x04R\adurable\x12\x1b\n" +
+	"\tlog_bytes\x18\x17 \x01(\x04R\blogBytes\"\x0f\n" +
 	"\rLeaderRequest\"D\n" +
 	"\x0eLeaderResponse\x12\x16\n" +
 	"\x06region\x18\x01 \x01(\tR\x06region\x12\x1a\n" +
@@ -1000,7 +1142,11 @@ const file_admin_proto_rawDesc = "" +
 	"\x06detail\x18\x10 \x01(\tR\x06detail\"5\n" +
 	"\tTableRows\x12\x14\n" +
 	"\x05table\x18\x01 \x01(\tR\x05table\x12\x12\n" +
-	"\x04rows\x18\x02 \x01(\x04R\x04rows\"\x10\n" +
+	"\x04rows\x18\x02 \x01(\x04R\x04rows\"-\n" +
+	"\x12MemberApplyRequest\x12\x17\n" +
+	"\adry_run\x18\x01 \x01(\bR\x06dryRun\"/\n" +
+	"\x13MemberApplyResponse\x12\x18\n" +
+	"\achanges\x18\x01 \x03(\tR\achanges\"\x10\n" +
 	"\x0eVersionRequest\"\x9a\x01\n" +
 	"\x0fVersionResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x16\n" +
@@ -1008,12 +1154,13 @@ const file_admin_proto_rawDesc = "" +
 	"\n" +
 	"go_version\x18\x03 \x01(\tR\tgoVersion\x12\x1a\n" +
 	"\bprotocol\x18\x04 \x01(\rR\bprotocol\x12\x1a\n" +
-	"\bpostgres\x18\x05 \x01(\tR\bpostgres2\x8f\x03\n" +
+	"\bpostgres\x18\x05 \x01(\tR\bpostgres2\xeb\x03\n" +
 	"\x05Admin\x12K\n" +
 	"\x06Status\x12\x1f.quorate.admin.v1.StatusRequest\x1a .quorate.admin.v1.StatusResponse\x12K\n" +
 	"\x06Leader\x12\x1f.quorate.admin.v1.LeaderRequest\x1a .quorate.admin.v1.LeaderResponse\x12Q\n" +
 	"\bTransfer\x12!.quorate.admin.v1.TransferRequest\x1a\".quorate.admin.v1.TransferResponse\x12I\n" +
-	"\aLogRead\x12 .quorate.admin.v1.LogReadRequest\x1a\x1a.quorate.admin.v1.LogEntry0\x01\x12N\n" +
+	"\aLogRead\x12 .quorate.admin.v1.LogReadRequest\x1a\x1a.quorate.admin.v1.LogEntry0\x01\x12Z\n" +
+	"\vMemberApply\x12$.quorate.admin.v1.MemberApplyRequest\x1a%.quorate.admin.v1.MemberApplyResponse\x12N\n" +
 	"\aVersion\x12 .quorate.admin.v1.VersionRequest\x1a!.quorate.admin.v1.VersionResponseB\x1fZ\x1dquorate/sidecar/admin/adminpbb\x06proto3"
 
 var (
@@ -1028,7 +1175,7 @@ func file_admin_proto_rawDescGZIP() []byte {
 	return file_admin_proto_rawDescData
 }
 
-var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
+var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
 var file_admin_proto_goTypes = []any{
 	(*StatusRequest)(nil),         // 0: quorate.admin.v1.StatusRequest
 	(*StatusResponse)(nil),        // 1: quorate.admin.v1.StatusResponse
@@ -1040,26 +1187,30 @@ var file_admin_proto_goTypes = []any{
 	(*LogReadRequest)(nil),        // 7: quorate.admin.v1.LogReadRequest
 	(*LogEntry)(nil),              // 8: quorate.admin.v1.LogEntry
 	(*TableRows)(nil),             // 9: quorate.admin.v1.TableRows
-	(*VersionRequest)(nil),        // 10: quorate.admin.v1.VersionRequest
-	(*VersionResponse)(nil),       // 11: quorate.admin.v1.VersionResponse
-	(*timestamppb.Timestamp)(nil), // 12: google.protobuf.Timestamp
+	(*MemberApplyRequest)(nil),    // 10: quorate.admin.v1.MemberApplyRequest
+	(*MemberApplyResponse)(nil),   // 11: quorate.admin.v1.MemberApplyResponse
+	(*VersionRequest)(nil),        // 12: quorate.admin.v1.VersionRequest
+	(*VersionResponse)(nil),       // 13: quorate.admin.v1.VersionResponse
+	(*timestamppb.Timestamp)(nil), // 14: google.protobuf.Timestamp
 }
 var file_admin_proto_depIdxs = []int32{
 	2,  // 0: quorate.admin.v1.StatusResponse.regions:type_name -> quorate.admin.v1.RegionStatus
-	12, // 1: quorate.admin.v1.LogEntry.time:type_name -> google.protobuf.Timestamp
+	14, // 1: quorate.admin.v1.LogEntry.time:type_name -> google.protobuf.Timestamp
 	9,  // 2: quorate.admin.v1.LogEntry.tables:type_name -> quorate.admin.v1.TableRows
 	0,  // 3: quorate.admin.v1.Admin.Status:input_type -> quorate.admin.v1.StatusRequest
 	3,  // 4: quorate.admin.v1.Admin.Leader:input_type -> quorate.admin.v1.LeaderRequest
 	5,  // 5: quorate.admin.v1.Admin.Transfer:input_type -> quorate.admin.v1.TransferRequest
 	7,  // 6: quorate.admin.v1.Admin.LogRead:input_type -> quorate.admin.v1.LogReadRequest
-	10, // 7: quorate.admin.v1.Admin.Version:input_type -> quorate.admin.v1.VersionRequest
-	1,  // 8: quorate.admin.v1.Admin.Status:output_type -> quorate.admin.v1.StatusResponse
-	4,  // 9: quorate.admin.v1.Admin.Leader:output_type -> quorate.admin.v1.LeaderResponse
-	6,  // 10: quorate.admin.v1.Admin.Transfer:output_type -> quorate.admin.v1.TransferResponse
-	8,  // 11: quorate.admin.v1.Admin.LogRead:output_type -> quorate.admin.v1.LogEntry
-	11, // 12: quorate.admin.v1.Admin.Version:output_type -> quorate.admin.v1.VersionResponse
-	8,  // [8:13] is the sub-list for method output_type
-	3,  // [3:8] is the sub-list for method input_type
+	10, // 7: quorate.admin.v1.Admin.MemberApply:input_type -> quorate.admin.v1.MemberApplyRequest
+	12, // 8: quorate.admin.v1.Admin.Version:input_type -> quorate.admin.v1.VersionRequest
+	1,  // 9: quorate.admin.v1.Admin.Status:output_type -> quorate.admin.v1.StatusResponse
+	4,  // 10: quorate.admin.v1.Admin.Leader:output_type -> quorate.admin.v1.LeaderResponse
+	6,  // 11: quorate.admin.v1.Admin.Transfer:output_type -> quorate.admin.v1.TransferResponse
+	8,  // 12: quorate.admin.v1.Admin.LogRead:output_type -> quorate.admin.v1.LogEntry
+	11, // 13: quorate.admin.v1.Admin.MemberApply:output_type -> quorate.admin.v1.MemberApplyResponse
+	13, // 14: quorate.admin.v1.Admin.Version:output_type -> quorate.admin.v1.VersionResponse
+	9,  // [9:15] is the sub-list for method output_type
+	3,  // [3:9] is the sub-list for method input_type
 	3,  // [3:3] is the sub-list for extension type_name
 	3,  // [3:3] is the sub-list for extension extendee
 	0,  // [0:3] is the sub-list for field type_name
@@ -1076,7 +1227,7 @@ func file_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_admin_proto_rawDesc), len(file_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   12,
+			NumMessages:   14,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

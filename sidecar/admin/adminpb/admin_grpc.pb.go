@@ -21,11 +21,12 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Admin_Status_FullMethodName   = "/quorate.admin.v1.Admin/Status"
-	Admin_Leader_FullMethodName   = "/quorate.admin.v1.Admin/Leader"
-	Admin_Transfer_FullMethodName = "/quorate.admin.v1.Admin/Transfer"
-	Admin_LogRead_FullMethodName  = "/quorate.admin.v1.Admin/LogRead"
-	Admin_Version_FullMethodName  = "/quorate.admin.v1.Admin/Version"
+	Admin_Status_FullMethodName      = "/quorate.admin.v1.Admin/Status"
+	Admin_Leader_FullMethodName      = "/quorate.admin.v1.Admin/Leader"
+	Admin_Transfer_FullMethodName    = "/quorate.admin.v1.Admin/Transfer"
+	Admin_LogRead_FullMethodName     = "/quorate.admin.v1.Admin/LogRead"
+	Admin_MemberApply_FullMethodName = "/quorate.admin.v1.Admin/MemberApply"
+	Admin_Version_FullMethodName     = "/quorate.admin.v1.Admin/Version"
 )
 
 // AdminClient is the client API for Admin service.
@@ -42,6 +43,9 @@ type AdminClient interface {
 	// LogRead streams chosen entries in slot order. OUT_OF_RANGE if the log no
 	// longer holds the first one asked for.
 	LogRead(ctx context.Context, in *LogReadRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[LogEntry], error)
+	// MemberApply makes the group's membership what the leader's configuration
+	// says, in one change.
+	MemberApply(ctx context.Context, in *MemberApplyRequest, opts ...grpc.CallOption) (*MemberApplyResponse, error)
 	// Version tells which build answers.
 	Version(ctx context.Context, in *VersionRequest, opts ...grpc.CallOption) (*VersionResponse, error)
 }
@@ -103,6 +107,16 @@ func (c *adminClient) LogRead(ctx context.Context, in *LogReadRequest, opts ...g
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Admin_LogReadClient = grpc.ServerStreamingClient[LogEntry]
 
+func (c *adminClient) MemberApply(ctx context.Context, in *MemberApplyRequest, opts ...grpc.CallOption) (*MemberApplyResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(MemberApplyResponse)
+	err := c.cc.Invoke(ctx, Admin_MemberApply_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *adminClient) Version(ctx context.Context, in *VersionRequest, opts ...grpc.CallOption) (*VersionResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(VersionResponse)
@@ -127,6 +141,9 @@ type AdminServer interface {
 	// LogRead streams chosen entries in slot order. OUT_OF_RANGE if the log no
 	// longer holds the first one asked for.
 	LogRead(*LogReadRequest, grpc.ServerStreamingServer[LogEntry]) error
+	// MemberApply makes the group's membership what the leader's configuration
+	// says, in one change.
+	MemberApply(context.Context, *MemberApplyRequest) (*MemberApplyResponse, error)
 	// Version tells which build answers.
 	Version(context.Context, *VersionRequest) (*VersionResponse, error)
 	mustEmbedUnimplementedAdminServer()
@@ -150,6 +167,9 @@ func (UnimplementedAdminServer) Transfer(context.Context, *TransferRequest) (*Tr
 }
 func (UnimplementedAdminServer) LogRead(*LogReadRequest, grpc.ServerStreamingServer[LogEntry]) error {
 	return status.Error(codes.Unimplemented, "method LogRead not implemented")
+}
+func (UnimplementedAdminServer) MemberApply(context.Context, *MemberApplyRequest) (*MemberApplyResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method MemberApply not implemented")
 }
 func (UnimplementedAdminServer) Version(context.Context, *VersionRequest) (*VersionResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Version not implemented")
@@ -240,6 +260,24 @@ func _Admin_LogRead_Handler(srv interface{}, stream grpc.ServerStream) error {
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Admin_LogReadServer = grpc.ServerStreamingServer[LogEntry]
 
+func _Admin_MemberApply_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(MemberApplyRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).MemberApply(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_MemberApply_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).MemberApply(ctx, req.(*MemberApplyRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Admin_Version_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(VersionRequest)
 	if err := dec(in); err != nil {
@@ -276,6 +314,10 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Transfer",
 			Handler:    _Admin_Transfer_Handler,
+		},
+		{
+			MethodName: "MemberApply",
+			Handler:    _Admin_MemberApply_Handler,
 		},
 		{
 			MethodName: "Version",

@@ -134,7 +134,8 @@ func (r *Region) Status(_ context.Context, all bool) (admin.ClusterStatus, error
 	c := r.cluster
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	s := admin.ClusterStatus{Cluster: "demo", Region: r.Name, Leader: c.leader, DurabilityRegions: len(c.regions)/2 + 1}
+	s := admin.ClusterStatus{Cluster: "demo", Region: r.Name, Leader: c.leader,
+		DurabilityRegions: (len(c.regions) - 1) / 2, Phase1: len(c.regions)/2 + 1, Phase2: len(c.regions)/2 + 1, Voters: len(c.regions)}
 	for _, other := range c.regions {
 		if all || other == r {
 			s.Regions = append(s.Regions, other.status())
@@ -150,7 +151,7 @@ func (r *Region) status() admin.RegionStatus {
 		Role: admin.RoleFollower, State: admin.StateFollowing, Leader: c.leader,
 		Ballot: paxosgroup.Ballot{Counter: c.counter, Replica: 1},
 		Base:   c.base, Chosen: c.chosen(), Applied: c.chosen(),
-		CaughtUp: true, Healthy: true, Health: "ok", Incarnation: 0xabc,
+		CaughtUp: true, Healthy: true, Health: "ok", Incarnation: 0xabc, Kind: "voter",
 	}
 	if c.leader == r.Name {
 		s.Role, s.State, s.Writable, s.LeaseLeft = admin.RoleLeader, admin.StateLeading, true, 1200*time.Millisecond
@@ -220,6 +221,16 @@ func (r *Region) ReadLog(_ context.Context, from uint64, limit int, changes bool
 		}
 	}
 	return nil
+}
+
+// ApplyMembers is the backend's; the membership is always as configured.
+func (r *Region) ApplyMembers(context.Context, bool) ([]string, error) {
+	r.cluster.mu.Lock()
+	defer r.cluster.mu.Unlock()
+	if r.cluster.leader == "" {
+		return nil, admin.ErrNoLeader
+	}
+	return nil, nil
 }
 
 // Version is the backend's.
