@@ -33,19 +33,25 @@ func (s *shard) runFeed(ctx context.Context) error {
 }
 
 func (s *shard) feedOnce(ctx context.Context) error {
+	servers := 0 // as many run one of their own: a witness has nothing to publish
+	for _, r := range s.cfg.Regions {
+		if r.HasDatabase() {
+			servers++
+		}
+	}
 	cfg := feed.Config{
 		Cluster: s.cfg.Cluster, ClusterID: fmt.Sprintf("%016x", s.clusterID), Shard: mainShard, Group: uint32(mainGroup), Source: feedSource{s},
 		URL: s.cfg.Feed.ExternalURL, MaxAge: s.cfg.Feed.MaxAge, MaxBytes: int64(s.cfg.Feed.MaxBytes),
-		Replicas: feed.ReplicasFor(len(s.cfg.Regions)), Logger: s.log,
+		Replicas: feed.ReplicasFor(servers), Logger: s.log,
 	}
 	if cfg.URL == "" {
 		server := feed.ServerConfig{
 			ServerName: s.cfg.Cluster + "-" + s.cfg.Region, StoreDir: s.cfg.DataDir + "/nats", ListenAddr: s.cfg.Listen.NATS, Logger: s.log,
 		}
-		if len(s.cfg.Regions) > 1 {
+		if servers > 1 {
 			server.ClusterName, server.ClusterListen = s.cfg.Cluster, s.cfg.Listen.NATSCluster
 			for _, r := range s.cfg.Regions {
-				if r.Name != s.cfg.Region && r.NATSRoute != "" {
+				if r.Name != s.cfg.Region && r.HasDatabase() && r.NATSRoute != "" {
 					server.Routes = append(server.Routes, r.NATSRoute)
 				}
 			}

@@ -56,11 +56,13 @@ func Run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	if _, has := restored[mainGroup]; !has && id != nil && id.Began {
 		return fmt.Errorf("the log in log.dir %s is lost, and with it what this replica promised: it must not vote again. Bring the log back, or move data_dir %s away and empty the database: the region then joins as a new replica", cfg.Log.Dir, cfg.DataDir)
 	}
-	db, err := newDatabase(&cfg, log)
-	if err != nil {
-		return err
+	var db *database // nil in a witness
+	if cfg.Own().HasDatabase() {
+		if db, err = newDatabase(&cfg, log); err != nil {
+			return err
+		}
+		defer db.close()
 	}
-	defer db.close()
 	peers := newRegionClients(&cfg)
 	defer peers.close()
 
@@ -155,8 +157,21 @@ func join(ctx context.Context, cfg *config.Config, id *identity, member *members
 			return slots, nil, fmt.Errorf("log: %w", err)
 		}
 	}
-	base, _, err := seed(ctx, cfg, db, peers, id.ClusterID, 0, log, say)
-	if err != nil {
+	var base paxosgroup.Base
+	var err error
+	if db == nil {
+		for {
+			if base, err = witnessBase(ctx, cfg, peers, id.ClusterID, 0); err == nil {
+				break
+			}
+			say("waiting for where to begin the log: " + err.Error())
+			select {
+			case <-ctx.Done():
+				return slots, nil, ctx.Err()
+			case <-time.After(500 * time.Millisecond):
+			}
+		}
+	} else if base, _, err = seed(ctx, cfg, db, peers, id.ClusterID, 0, log, say); err != nil {
 		return slots, nil, err
 	}
 	if err := startLog(slots, base); err != nil {
@@ -285,8 +300,12 @@ func takePart(ctx context.Context, cfg *config.Config, id identity, member *memb
 	g.Go(func() error { return followMembership(ctx, cfg, group, transport) })
 	g.Go(func() error { return s.admit(ctx) })
 	g.Go(func() error { return s.makeSpans(ctx) })
-	g.Go(func() error { return s.live(ctx, db, member) })
-	if cfg.Feed.Enabled {
+	if db == nil {
+		g.Go(func() error { return s.witness(ctx) })
+	} else {
+		g.Go(func() error { return s.live(ctx, db, member) })
+	}
+	if cfg.Feed.Enabled && db != nil {
 		g.Go(func() error { return s.runFeed(ctx) })
 	}
 	return g.Wait()
@@ -486,6 +505,9 @@ type lookResult struct {
 }
 
 func newFirstLook(db *database) *firstLook {
+	if db == nil { // a witness: nothing is in the way, and there is nothing to start from
+		return &firstLook{last: lookResult{empty: true}}
+	}
 	return &firstLook{db: db, last: lookResult{problem: "its database was not looked at yet"}}
 }
 
@@ -497,6 +519,10 @@ func (f *firstLook) state() (empty bool, problem string) {
 
 // run looks again and again until ctx ends.
 func (f *firstLook) run(ctx context.Context) error {
+	if f.db == nil {
+		<-ctx.Done()
+		return nil
+	}
 	for {
 		r := f.look(ctx)
 		f.mu.Lock()

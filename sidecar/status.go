@@ -102,6 +102,9 @@ func (b *backend) Status(ctx context.Context, all bool) (admin.ClusterStatus, er
 		}
 	}
 	for i := range regions {
+		if regions[i].Kind == config.KindWitness {
+			continue
+		}
 		regions[i].LagSlots = uint64(highest - min(highest, regions[i].Applied))
 	}
 	cs.Regions = regions
@@ -154,6 +157,9 @@ func (s *shard) regionStatus() admin.RegionStatus {
 	}
 	r.LagSlots = uint64(st.Chosen - min(st.Chosen, s.applied))
 	r.CaughtUp = s.applied >= st.Chosen && s.state != admin.StateStarting && s.state != admin.StateSeeding
+	if s.state == admin.StateWitness { // has nothing to apply to
+		r.Applied, r.Lag, r.LagSlots, r.CaughtUp = 0, 0, 0, st.Leader != 0
+	}
 	switch st.Role {
 	case paxosgroup.Leader:
 		r.Role = admin.RoleLeader

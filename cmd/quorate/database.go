@@ -17,6 +17,9 @@ import (
 // running, nor is taken for a client's, nor minds that the region's default is
 // to read only.
 func connect(ctx context.Context, cfg config.Config) (*pgx.Conn, error) {
+	if !cfg.Own().HasDatabase() {
+		return nil, fmt.Errorf("region %s is a witness: it has no database", cfg.Region)
+	}
 	parsed, err := pgx.ParseConfig(cfg.Postgres.DSN)
 	if err != nil {
 		return nil, fmt.Errorf("postgres.dsn: %w", err)
@@ -74,6 +77,10 @@ fault is told with its mend. Nothing is changed.`,
 				fmt.Fprintf(out, "warning: %s\n", w)
 			}
 			fmt.Fprintf(out, "configuration: region %s of cluster %s, %d regions: fit\n", cfg.Region, cfg.Cluster, len(cfg.Regions))
+			if !cfg.Own().HasDatabase() {
+				fmt.Fprintln(out, "a witness has no database: there is no more to check")
+				return nil
+			}
 			return withDatabase(cmd.Context(), cfg, func(conn *pgx.Conn) error {
 				if err := checkServer(cmd.Context(), conn, out); err != nil {
 					return err

@@ -76,6 +76,7 @@ const (
 	StateDemoting  = "demoting"  // fence closing
 	StateRepairing = "repairing" // discarding what was not chosen
 	StateStopped   = "stopped"   // cannot go on; Health says why
+	StateWitness   = "witness"   // there is no database: votes and keeps the log
 )
 
 // ClusterStatus is how the cluster is, as one region sees it.

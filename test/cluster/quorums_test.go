@@ -98,3 +98,58 @@ func (c *Cluster) ctl(args ...string) string {
 	}
 	return out
 }
+
+// TestWitnessAndLearner: of five voters one has no database, and yet any two may
+// be lost; a sixth region has a database and no vote, and never leads.
+func TestWitnessAndLearner(t *testing.T) {
+	c := Start(t, Options{Regions: 6, Witnesses: []string{"r5"}, Learners: []string{"r6"}})
+	first := c.Leader()
+	c.Exec(first, "CREATE TABLE t (id int PRIMARY KEY)", "INSERT INTO t SELECT generate_series(1, 1000)")
+	c.AwaitEqual(c.without("r5")...)
+	if w := c.Region("r5"); w.Role != "witness" || w.State != "witness" || w.PostgresPID != 0 || !w.Healthy {
+		t.Errorf("the witness is %+v", w)
+	}
+	if l := c.Region("r6"); l.Role != "learner" || l.State != "following" || !l.Healthy {
+		t.Errorf("the learner is %+v", l)
+	}
+	for _, region := range []string{"r5", "r6"} {
+		if out, err := c.paxosctl("leader", "transfer", "--to", region); err == nil || !strings.Contains(out, "no voter with a database") {
+			t.Errorf("leadership for %s: %v, %s", region, err, out)
+		}
+	}
+	// Two of five voters go, the leader among them; the witness makes up the
+	// majority.
+	second := c.other(first, "r5", "r6")
+	c.KillNow(first, "")
+	c.KillNow(second, "")
+	leader := c.Leader(c.without(first, second)...)
+	if leader == "r5" || leader == "r6" {
+		t.Fatalf("%s leads", leader)
+	}
+	c.Exec(leader, "INSERT INTO t SELECT generate_series(1001, 2000)")
+	c.AwaitEqual(c.without(first, second, "r5")...)
+	if n := query[int](c, "r6", "SELECT count(*)::int FROM t"); n != 2000 {
+		t.Errorf("the learner holds %d of 2000 rows", n)
+	}
+	c.StartAgain(first)
+	c.StartAgain(second)
+	c.AwaitEqual(c.without("r5")...)
+	// A witness that lost its disk comes back as a new replica, without a seeding.
+	before := query[string](c, leader, "SELECT string_agg(region || ' ' || kind, ', ' ORDER BY region) FROM quorate.regions")
+	c.Do("wipe r5", func(ctx context.Context) error { return c.Wipe(ctx, "r5") })
+	c.StartAgain("r5")
+	c.Eventually(30*time.Second, "the witness to vote again", func(context.Context) error {
+		out := c.ctl("member", "list")
+		for _, l := range strings.Split(out, "\n") {
+			if f := strings.Fields(l); len(f) >= 4 && f[0] == "r5" && f[1] == "7" && f[2] == "witness" {
+				return nil
+			}
+		}
+		return fmt.Errorf("%s", out)
+	})
+	if want := "r1 voter, r2 voter, r3 voter, r4 voter, r5 witness, r6 learner"; before != want {
+		t.Errorf("quorate.regions: %s, want %s", before, want)
+	}
+	c.Exec(leader, "INSERT INTO t SELECT generate_series(2001, 2100)")
+	c.AwaitEqual(c.without("r5")...)
+}
