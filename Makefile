@@ -1,6 +1,6 @@
 # Every target runs from a clean checkout; tools are pinned in go.mod (go tool).
 .DEFAULT_GOAL := build
-.PHONY: setup build demo demo-down bench test lint race sim fuzz proto clean
+.PHONY: setup build demo demo-down bench test lint race sim explore fuzz proto clean
 
 setup:
 	@deploy/setup.sh
@@ -39,6 +39,10 @@ race: setup
 SEEDS ?= 1000
 sim:
 	go test ./test/sim -count=1 -timeout 60m -sim.seeds=$(SEEDS) -sim.from=$$(od -An -N4 -tu4 /dev/urandom | tr -d ' ')
+
+# Every order of events of three replicas within small bounds; about five minutes.
+explore:
+	go test ./paxosgroup -count=1 -timeout 20m -run '^TestExplore' -v -explore.states=1700000
 
 # FUZZTIME for each fuzz test of the project.
 FUZZTIME ?= 30s
