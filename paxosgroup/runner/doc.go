@@ -2,14 +2,17 @@
 // hands it what peers and callers send, pays what its Ready owes, and offers
 // what was chosen for reading.
 //
-// One goroutine, Run's, steps all cores. Log and transport have their own; what
-// they have to tell comes back to the loop through queues. Nothing in the way of
-// a proposal waits for a tick: the loop runs when there is something to do, and
-// a timer only wakes it for the deadlines that cores name.
+// An Engine does all of it and moves nothing by itself: no goroutine, clock or
+// lock; time is handed in, log and transport are interfaces. The simulator calls
+// it directly. A Runner puts it among goroutines: whoever brings work does it if
+// the engine is free, else leaves it to the one who holds it. Nothing in the way
+// of a proposal waits for a tick or, when all is at rest, for another goroutine;
+// a timer only wakes the runner for the deadlines that cores name.
 //
 // Invariants:
 //
-//   - A core is touched by the loop alone.
+//   - An engine and its cores are touched by one goroutine at a time, and nobody
+//     waits while he holds them: neither Append nor Send blocks.
 //   - Messages of AfterSync leave only after every record of this and all
 //     earlier Readies of the group is flushed. If the log fails, none ever
 //     leaves and Run ends with the error.
@@ -17,10 +20,10 @@
 //     judging the log from its base gives, whether the entry comes from memory or
 //     from disk.
 //   - Memory is bounded: the inbox drops what exceeds it (peers repeat what
-//     matters), proposals wait for room in the window, and chosen entries are
-//     kept up to a number of bytes.
+//     matters), a bounded number of proposals waits for room in the window, and
+//     chosen entries are kept up to a number of bytes.
 //
-// Reading does not hold up the loop, nor does it wait for this replica's own
+// Reading does not hold up the engine, nor does it wait for this replica's own
 // flush of what was learned: after a crash the log may know less as chosen than
 // a reader has seen. It learns the same again from its peers.
 //

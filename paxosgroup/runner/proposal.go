@@ -4,32 +4,150 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"sync"
+	"sync/atomic"
 
 	"quorate/paxosgroup"
 )
 
-// proposal waits for the loop to hand it to the core.
-type proposal struct {
-	payload []byte
-	only    paxosgroup.Ballot // the one term in which it may be proposed; zero: any
-	done    chan struct{}     // gets a token when the loop has answered
+// Proposal is a data entry on its way into the log. It belongs to the engine
+// from EngineGroup.Propose until it is answered; only Abandon may be called
+// meanwhile, from any goroutine.
+type Proposal struct {
+	Payload []byte            // must not be changed, now or later
+	Only    paxosgroup.Ballot // the one term in which it may be proposed; zero: any
+	// Answered is called once, unless it was abandoned, when the core has taken
+	// the proposal or would not.
+	Answered func(*Proposal)
 
-	mu        sync.Mutex
-	answered  bool // by the loop: what follows is set
-	abandoned bool // by the caller, who is gone; never with answered
-	term      paxosgroup.Ballot
-	number    uint64
-	err       error
+	// The answer.
+	Term   paxosgroup.Ballot
+	Number uint64
+	Err    error
+
+	state atomic.Uint32
 }
 
-var proposals = sync.Pool{New: func() any { return &proposal{done: make(chan struct{}, 1)} }}
+// The states of a proposal.
+const (
+	proposalQueued uint32 = iota
+	proposalOffered
+	proposalAnswered
+	proposalAbandoned
+)
+
+// Abandon gives the proposal up, and reports whether it could: if not, it has
+// been answered, or is at this moment.
+func (p *Proposal) Abandon() bool {
+	for {
+		switch p.state.Load() {
+		case proposalQueued:
+			if p.state.CompareAndSwap(proposalQueued, proposalAbandoned) {
+				return true
+			}
+		case proposalOffered: // for as long as the core takes to look at it
+			runtime.Gosched()
+		default:
+			return false
+		}
+	}
+}
+
+func (p *Proposal) answer(term paxosgroup.Ballot, number uint64, err error) {
+	p.Term, p.Number, p.Err = term, number, err
+	p.state.Store(proposalAnswered)
+	p.Answered(p)
+}
+
+// reject answers a proposal that no engine has, or that waits.
+func (p *Proposal) reject(err error) {
+	if p.state.CompareAndSwap(proposalQueued, proposalOffered) {
+		p.answer(paxosgroup.Ballot{}, 0, err)
+	}
+}
+
+// ErrBusy says that as many proposals wait for room as may.
+var ErrBusy = errors.New("too many proposals wait already")
+
+// proposals are those that wait for room in the window, oldest first.
+type proposals struct {
+	max     int
+	waiting []*Proposal
+}
+
+// Propose hands in an entry, to be offered to the core at the next Step and
+// answered then or, if there is no room in the window, when there is.
+func (g *EngineGroup) Propose(p *Proposal) {
+	w := &g.proposals
+	if len(w.waiting) >= w.max {
+		p.reject(fmt.Errorf("%w: %d (make fewer, or come again later)", ErrBusy, len(w.waiting)))
+		return
+	}
+	w.waiting = append(w.waiting, p)
+	g.engine.touch(g)
+}
+
+// offer hands over what the window has room for.
+func (g *EngineGroup) offer(now paxosgroup.Instant) {
+	w := &g.proposals
+	n, last := 0, len(w.waiting) // those that callbacks add come later
+	for ; n < last; n++ {
+		p := w.waiting[n]
+		if !p.state.CompareAndSwap(proposalQueued, proposalOffered) {
+			continue // abandoned
+		}
+		term, number, err := g.take(now, p)
+		if errors.Is(err, paxosgroup.ErrWindowFull) {
+			p.state.Store(proposalQueued)
+			break
+		}
+		p.answer(term, number, err)
+	}
+	if n == 0 {
+		return
+	}
+	rest := copy(w.waiting, w.waiting[n:])
+	clear(w.waiting[rest:])
+	w.waiting = w.waiting[:rest]
+}
+
+// take has the core take one proposal.
+func (g *EngineGroup) take(now paxosgroup.Instant, p *Proposal) (paxosgroup.Ballot, uint64, error) {
+	if !p.Only.IsZero() {
+		if ballot, leads := g.core.Leading(); !leads || ballot != p.Only {
+			return ballot, 0, g.notLeader(paxosgroup.ErrNotLeader)
+		}
+	}
+	term, number, err := g.core.Propose(now, p.Payload)
+	return term, number, g.notLeader(err)
+}
+
+// failProposals answers those that wait when nothing will be done any more.
+func (g *EngineGroup) failProposals(err error) {
+	for _, p := range g.proposals.waiting {
+		p.reject(err)
+	}
+	g.proposals.waiting = nil
+}
+
+// proposal is a Proposal that a goroutine waits for.
+type proposal struct {
+	Proposal
+	done chan struct{} // gets a token when it is answered
+}
+
+var proposalPool = sync.Pool{New: func() any {
+	p := &proposal{done: make(chan struct{}, 1)}
+	p.Answered = func(*Proposal) { p.done <- struct{}{} }
+	return p
+}}
 
 // Propose hands an entry to the leader's core and returns the number it has in
 // the leader's term. It waits for room in the window, in order of arrival. That
 // the entry is proposed says nothing of its being chosen: read the log for that.
-// An error means that it was not proposed: a *NotLeaderError, ErrStopped or the
-// end of ctx. The payload must not be changed afterwards.
+// An error means that it was not proposed: a *NotLeaderError, ErrBusy,
+// ErrStopped or the end of ctx. The payload must not be changed afterwards.
 func (g *Group) Propose(ctx context.Context, payload []byte) (term paxosgroup.Ballot, number uint64, err error) {
 	return g.proposeIn(ctx, paxosgroup.Ballot{}, payload)
 }
@@ -45,82 +163,23 @@ func (g *Group) ProposeIn(ctx context.Context, term paxosgroup.Ballot, payload [
 }
 
 func (g *Group) proposeIn(ctx context.Context, only paxosgroup.Ballot, payload []byte) (term paxosgroup.Ballot, number uint64, err error) {
-	p := proposals.Get().(*proposal)
-	p.payload, p.only = payload, only
-	g.runner.submit(call{group: g, proposal: p})
+	p := proposalPool.Get().(*proposal)
+	p.Payload, p.Only = payload, only
+	p.state.Store(proposalQueued)
+	g.runner.propose(g.engine, &p.Proposal)
 	select {
 	case <-p.done:
 	case <-ctx.Done():
-		if p.abandon() {
+		if p.Abandon() {
 			return paxosgroup.Ballot{}, 0, fmt.Errorf("propose to group %d: %w", g.id, context.Cause(ctx))
 		}
 		<-p.done
 	}
-	term, number, err = p.term, p.number, p.err
-	p.payload, p.answered, p.err = nil, false, nil
-	proposals.Put(p)
+	term, number, err = p.Term, p.Number, p.Err
+	p.Payload, p.Err = nil, nil
+	proposalPool.Put(p)
 	if err != nil {
 		return paxosgroup.Ballot{}, 0, fmt.Errorf("propose to group %d: %w", g.id, err)
 	}
 	return term, number, nil
-}
-
-// abandon gives the proposal up, unless it has been answered.
-func (p *proposal) abandon() bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.abandoned = !p.answered
-	return p.abandoned
-}
-
-// answer has offer answer the caller, if there still is one. It reports false if
-// offer would rather be asked again.
-func (p *proposal) answer(offer func() (paxosgroup.Ballot, uint64, error)) bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.abandoned {
-		return true
-	}
-	term, number, err := offer()
-	if errors.Is(err, paxosgroup.ErrWindowFull) {
-		return false
-	}
-	p.term, p.number, p.err, p.answered = term, number, err, true
-	p.done <- struct{}{}
-	return true
-}
-
-func (p *proposal) reject(err error) {
-	p.answer(func() (paxosgroup.Ballot, uint64, error) { return paxosgroup.Ballot{}, 0, err })
-}
-
-// propose hands over what the window has room for.
-func (g *Group) propose(now paxosgroup.Instant) {
-	n := 0
-	for n < len(g.waiting) {
-		p := g.waiting[n]
-		if !p.answer(func() (paxosgroup.Ballot, uint64, error) {
-			if !p.only.IsZero() {
-				if ballot, leads := g.core.Leading(); !leads || ballot != p.only {
-					return ballot, 0, g.notLeader(paxosgroup.ErrNotLeader)
-				}
-			}
-			term, number, err := g.core.Propose(now, p.payload)
-			return term, number, g.notLeader(err)
-		}) {
-			break
-		}
-		n++
-	}
-	rest := copy(g.waiting, g.waiting[n:])
-	clear(g.waiting[rest:])
-	g.waiting = g.waiting[:rest]
-}
-
-// failProposals answers those that wait when the runner stops.
-func (g *Group) failProposals(err error) {
-	for _, p := range g.waiting {
-		p.reject(err)
-	}
-	g.waiting = nil
 }

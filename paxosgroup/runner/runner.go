@@ -4,60 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"maps"
-	"slices"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"quorate/paxosgroup"
 	"quorate/paxosgroup/peer"
-	"quorate/paxosgroup/slotlog"
-)
-
-// Transport is what a runner sends by.
-type Transport interface {
-	// Send never blocks and may lose anything.
-	Send(g paxosgroup.GroupID, msgs []paxosgroup.Message)
-}
-
-// Config says what a runner drives.
-type Config struct {
-	Log       *slotlog.Log
-	Restored  map[paxosgroup.GroupID]paxosgroup.Restored // what opening Log gave
-	Transport Transport
-	Clock     func() paxosgroup.Instant // nil means BootTime
-	Groups    []GroupConfig
-	Logger    *slog.Logger // nil discards
-	// Accepted, if set, is told of each entry that this replica accepted and
-	// flushed, for tracing: when it was stepped, handed to the log, and durable.
-	// It is called on the log's goroutine and must not block.
-	Accepted func(g paxosgroup.GroupID, e paxosgroup.SlotEntry, stepped, appended, durable time.Time)
-	// InboxBytesMax bounds what has arrived and was not stepped yet; more is
-	// dropped. 0 means 64 MiB.
-	InboxBytesMax int
-}
-
-// GroupConfig says how a group is run.
-type GroupConfig struct {
-	// Core is the core's configuration. RestartedWithState is set by the runner
-	// if the log holds anything of the group.
-	Core paxosgroup.Config
-	// Bootstrap is the membership that a group starts with if the log holds
-	// nothing of it. It must be the same in every replica, and empty in one that
-	// joins a group that exists.
-	Bootstrap paxosgroup.Membership
-	// RecentBytesMax and RecentEntriesMax bound the chosen entries kept in
-	// memory. 0 means 64 MiB and 65536.
-	RecentBytesMax   int
-	RecentEntriesMax int
-}
-
-const (
-	inboxBytesDefault    = 64 << 20
-	recentBytesDefault   = 64 << 20
-	recentEntriesDefault = 1 << 16
 )
 
 // Errors that callers compare.
@@ -94,50 +48,58 @@ type Stats struct {
 }
 
 // Runner drives groups. Its methods may be called from any goroutine.
+//
+// Whoever brings work (a transport with messages, the log with what it has
+// flushed, a proposer) leaves it in a queue, and does it himself if nobody holds
+// the engine at that moment; else the one who holds it does it, and hands the
+// engine to Run's goroutine if there is more than a round of it. So a message
+// that meets a runner at rest is answered on the goroutine that brought it, and
+// under load work gathers into rounds. (Hendler, Incze, Shavit and Tzafrir,
+// "Flat combining", SPAA 2010.)
 type Runner struct {
-	cfg  Config
-	wake chan struct{} // holds a token when a queue has something
+	cfg   Config
+	wake  chan struct{} // holds a token when Run's goroutine has to look
+	timer *time.Timer
 
 	groups atomic.Pointer[map[paxosgroup.GroupID]*Group]
 
-	mu         sync.Mutex // guards the queues that the loop empties
+	mu       sync.Mutex
+	released sync.Cond // busy has become false
+	queue    queue
+	busy     bool // somebody holds the engine
+	handed   bool // it is for Run's goroutine to hold it, which has not noticed yet
+	resting  bool // as the engine was left: nothing is with the log
+	stopped  bool
+	failure  error // of the log
+	stats    Stats // as the engine was left
+	dropped  uint64
+
+	// Of who holds the engine.
+	engine  *Engine
+	spare   queue
+	now     paxosgroup.Instant
+	stepped time.Time // wall clock at the beginning of the step under way
+	stale   []*Group  // whose Status is to be published anew
+	armed   paxosgroup.Instant
+}
+
+// queue is what waits for the engine.
+type queue struct {
 	inbox      []peer.GroupMessage
 	inboxBytes int
-	flushed    []flushed
+	done       []done
 	calls      []call
-	failure    error // of the log
-	stopped    bool
-
-	stats struct {
-		dropped, unknown, refused, batches, delivered, missed atomic.Uint64
-	}
-
-	loop loop
+	due        bool // a deadline has come
 }
 
-// loop is what only Run touches.
-type loop struct {
-	groups  []*Group
-	dirty   []*Group // stepped since their last Ready
-	missed  missedTime
-	stepped time.Time // wall clock at the beginning of the step under way
-	spare   struct {
-		inbox   []peer.GroupMessage
-		flushed []flushed
-		calls   []call
-	}
+func (q *queue) empty() bool {
+	return len(q.inbox) == 0 && len(q.done) == 0 && len(q.calls) == 0 && !q.due
 }
 
-// flushed says that all Readies of a group up to seq are durable.
-type flushed struct {
-	group *Group
-	seq   uint64
-}
-
-// call is something to be done by the loop: a proposal, or do.
+// call is something to be done with the engine held: a proposal, or do.
 type call struct {
-	group    *Group // to be settled afterwards; nil if none
-	proposal *proposal
+	group    *EngineGroup
+	proposal *Proposal
 	do       func(now paxosgroup.Instant)
 	fail     func(error) // called instead of do once the runner has stopped
 }
@@ -152,20 +114,31 @@ func (c call) reject(err error) {
 
 // New restores the cores. Nothing runs before Run.
 func New(cfg Config) (*Runner, error) {
-	if cfg.Log == nil || cfg.Transport == nil {
-		return nil, errors.New("runner: log and transport are needed")
+	if err := cfg.fill(); err != nil {
+		return nil, err
 	}
-	if cfg.Clock == nil {
-		cfg.Clock = BootTime
-	}
-	if cfg.Logger == nil {
-		cfg.Logger = slog.New(slog.DiscardHandler)
-	}
-	if cfg.InboxBytesMax == 0 {
-		cfg.InboxBytesMax = inboxBytesDefault
-	}
-	r := &Runner{cfg: cfg, wake: make(chan struct{}, 1)}
+	r := &Runner{cfg: cfg, wake: make(chan struct{}, 1), timer: time.NewTimer(time.Hour), armed: never}
+	r.timer.Stop()
+	r.released.L = &r.mu
+	r.busy, r.queue.due = true, true // until Run
 	groups := make(map[paxosgroup.GroupID]*Group)
+	r.groups.Store(&groups)
+
+	ecfg := cfg
+	ecfg.Groups = nil
+	if cfg.Accepted != nil {
+		ecfg.Log = tracedLog{cfg.Log, r}
+	}
+	var err error
+	r.engine, err = newEngine(&Engine{
+		cfg:     ecfg,
+		durable: r.durable,
+		settled: func(g *EngineGroup) { g.shell.publish(r.now) },
+		moved:   func(g *EngineGroup) { g.shell.moved() },
+	}, cfg.Clock())
+	if err != nil {
+		return nil, err
+	}
 	for _, gc := range cfg.Groups {
 		if groups[gc.Core.Group] != nil {
 			return nil, fmt.Errorf("runner: group %d is configured twice", gc.Core.Group)
@@ -174,11 +147,26 @@ func New(cfg Config) (*Runner, error) {
 		if err != nil {
 			return nil, err
 		}
+		if err := r.engine.admit(g.engine); err != nil {
+			return nil, err
+		}
 		groups[g.id] = g
-		r.loop.groups = append(r.loop.groups, g)
 	}
-	r.groups.Store(&groups)
 	return r, nil
+}
+
+// newGroup restores a group, which the engine has yet to admit.
+func (r *Runner) newGroup(gc GroupConfig) (*Group, error) {
+	now := r.cfg.Clock()
+	g := &Group{runner: r, id: gc.Core.Group}
+	eg, err := r.engine.newGroup(now, gc, &g.mu)
+	if err != nil {
+		return nil, err
+	}
+	eg.shell = g
+	g.engine, g.lease = eg, eg.lease
+	g.publish(now)
+	return g, nil
 }
 
 // Group returns a group, or nil if it is not here.
@@ -194,15 +182,13 @@ func (r *Runner) AddGroup(ctx context.Context, gc GroupConfig) (*Group, error) {
 	if err != nil {
 		return nil, err
 	}
-	err = r.ask(ctx, nil, func(paxosgroup.Instant) error {
-		groups := maps.Clone(*r.groups.Load())
-		if groups[g.id] != nil {
-			return fmt.Errorf("runner: group %d is here already", g.id)
+	err = r.ask(ctx, func(paxosgroup.Instant) error {
+		if err := r.engine.admit(g.engine); err != nil {
+			return err
 		}
+		groups := maps.Clone(*r.groups.Load())
 		groups[g.id] = g
 		r.groups.Store(&groups)
-		r.loop.groups = append(r.loop.groups, g)
-		r.touch(g)
 		return nil
 	})
 	if err != nil {
@@ -211,31 +197,66 @@ func (r *Runner) AddGroup(ctx context.Context, gc GroupConfig) (*Group, error) {
 	return g, nil
 }
 
-// Deliver takes messages from a peer. It does not block.
+// Deliver takes messages from a peer. It does not block, but may do what there
+// is to do about them.
 func (r *Runner) Deliver(_ paxosgroup.ReplicaID, batch []peer.GroupMessage) {
 	size := 0
 	for i := range batch {
 		size += batch[i].Weight()
 	}
 	r.mu.Lock()
-	if r.stopped || r.inboxBytes > 0 && r.inboxBytes+size > r.cfg.InboxBytesMax {
+	q := &r.queue
+	if r.stopped || q.inboxBytes > 0 && q.inboxBytes+size > r.cfg.InboxBytesMax {
+		r.dropped += uint64(len(batch))
 		r.mu.Unlock()
-		r.stats.dropped.Add(uint64(len(batch)))
 		return
 	}
-	r.inbox = append(r.inbox, batch...)
-	r.inboxBytes += size
-	r.mu.Unlock()
-	r.signal()
+	q.inbox = append(q.inbox, batch...)
+	q.inboxBytes += size
+	r.left(true)
 }
 
-// Stats returns the counters.
-func (r *Runner) Stats() Stats {
-	s := &r.stats
-	return Stats{
-		Dropped: s.dropped.Load(), Unknown: s.unknown.Load(), Refused: s.refused.Load(),
-		Batches: s.batches.Load(), Delivered: s.delivered.Load(), MissedTimes: s.missed.Load(),
+// propose queues a proposal. A proposer does the work himself only if nothing is
+// on its way to the disk: while a flush is, others that come gather with it.
+func (r *Runner) propose(g *EngineGroup, p *Proposal) {
+	r.mu.Lock()
+	r.submit(call{group: g, proposal: p}, r.resting)
+}
+
+// submit queues a call. Called with mu held, which it releases.
+func (r *Runner) submit(c call, inline bool) {
+	if r.stopped {
+		err := r.stopError()
+		r.mu.Unlock()
+		c.reject(err)
+		return
 	}
+	r.queue.calls = append(r.queue.calls, c)
+	r.left(inline)
+}
+
+// left has somebody look at what was left in the queue: the caller, if nobody
+// holds the engine and inline says so. Called with mu held, which it releases.
+func (r *Runner) left(inline bool) {
+	if r.busy {
+		r.mu.Unlock() // the holder looks once more before he lets go
+		return
+	}
+	r.busy = true
+	if inline {
+		r.mu.Unlock()
+		r.work(1)
+		return
+	}
+	r.hand()
+}
+
+// hand gives the engine to Run's goroutine. Called with mu held by the holder of
+// the engine; releases mu.
+func (r *Runner) hand() {
+	r.handed = true
+	r.mu.Unlock()
+	r.signal()
 }
 
 func (r *Runner) signal() {
@@ -245,28 +266,14 @@ func (r *Runner) signal() {
 	}
 }
 
-// submit queues a call for the loop.
-func (r *Runner) submit(c call) {
-	r.mu.Lock()
-	if r.stopped {
-		err := r.stopError()
-		r.mu.Unlock()
-		c.reject(err)
-		return
-	}
-	r.calls = append(r.calls, c)
-	r.mu.Unlock()
-	r.signal()
-}
-
-// ask has the loop do something and waits for its answer.
-func (r *Runner) ask(ctx context.Context, g *Group, do func(now paxosgroup.Instant) error) error {
+// ask has something done with the engine held and waits for its answer.
+func (r *Runner) ask(ctx context.Context, do func(now paxosgroup.Instant) error) error {
 	answer := make(chan error, 1)
+	r.mu.Lock()
 	r.submit(call{
-		group: g,
-		do:    func(now paxosgroup.Instant) { answer <- do(now) },
-		fail:  func(err error) { answer <- err },
-	})
+		do:   func(now paxosgroup.Instant) { answer <- do(now) },
+		fail: func(err error) { answer <- err },
+	}, false)
 	select {
 	case err := <-answer:
 		return err
@@ -275,9 +282,22 @@ func (r *Runner) ask(ctx context.Context, g *Group, do func(now paxosgroup.Insta
 	}
 }
 
-// tell has the loop do something, in order with what else is asked of it.
-func (r *Runner) tell(g *Group, do func(now paxosgroup.Instant)) {
-	r.submit(call{group: g, do: do, fail: func(error) {}})
+// tell has something done with the engine held, in order with what else is asked.
+func (r *Runner) tell(do func(now paxosgroup.Instant)) {
+	r.mu.Lock()
+	r.submit(call{do: do, fail: func(error) {}}, false)
+}
+
+// durable is told by the log, on its goroutine, what became of an Append. The
+// log's goroutine goes on with it only if the log has nothing else to do.
+func (r *Runner) durable(d done) {
+	r.mu.Lock()
+	if r.stopped {
+		r.mu.Unlock()
+		return
+	}
+	r.queue.done = append(r.queue.done, d)
+	r.left(r.engine.withLog.Load() == int64(len(r.queue.done)))
 }
 
 // stopError says why nothing is done any more. Called with mu held.
@@ -288,147 +308,190 @@ func (r *Runner) stopError() error {
 	return ErrStopped
 }
 
+// Stats returns the counters.
+func (r *Runner) Stats() Stats {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	s := r.stats
+	s.Dropped = r.dropped
+	return s
+}
+
 // Run drives the groups until ctx ends or the log fails, which it returns. It
-// may be called once.
+// may be called once. When it returns, nobody holds the engine or will.
 func (r *Runner) Run(ctx context.Context) error {
 	defer r.stop()
-	timer := time.NewTimer(0)
-	defer timer.Stop()
+	r.mu.Lock()
+	r.hand() // New kept it
 	for {
+		due := false
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
+		case <-r.timer.C:
+			due = true
 		case <-r.wake:
-		case <-timer.C:
+			// Whoever can run may bring more, to be done in the same round.
+			runtime.Gosched()
 		}
-		if err := r.step(); err != nil {
+		r.mu.Lock()
+		if due {
+			r.queue.due = true
+		}
+		mine := r.handed || due && !r.busy
+		if mine {
+			r.busy, r.handed = true, false
+		}
+		r.mu.Unlock()
+		if mine {
+			r.work(roundsMax)
+		}
+		r.mu.Lock()
+		err := r.failure
+		r.mu.Unlock()
+		if err != nil {
 			return err
-		}
-		if next, ok := r.nextDeadline(); ok {
-			timer.Reset(max(0, next.Sub(r.cfg.Clock())))
 		}
 	}
 }
 
-// step does everything that is due.
-func (r *Runner) step() error {
-	l := &r.loop
-	r.mu.Lock()
-	inbox, done, calls, failure := r.inbox, r.flushed, r.calls, r.failure
-	r.inbox, r.flushed, r.calls = l.spare.inbox[:0], l.spare.flushed[:0], l.spare.calls[:0]
-	r.inboxBytes = 0
+// roundsMax is how many rounds Run's goroutine does before it looks whether it
+// is to end.
+const roundsMax = 16
+
+// work does what is queued, up to a number of rounds. The caller holds the
+// engine, and does no longer when it returns.
+func (r *Runner) work(rounds int) {
+	for n := 0; ; n++ {
+		r.mu.Lock()
+		if r.stopped || r.failure != nil || r.queue.empty() {
+			r.release()
+			return
+		}
+		if n == rounds {
+			r.hand()
+			return
+		}
+		q := r.queue
+		r.queue = r.spare
+		r.mu.Unlock()
+		err := r.step(&q)
+		clear(q.inbox)
+		clear(q.done)
+		clear(q.calls)
+		r.spare = queue{inbox: q.inbox[:0], done: q.done[:0], calls: q.calls[:0]}
+		if err != nil {
+			r.mu.Lock()
+			r.failure = err
+			r.release()
+			r.signal()
+			return
+		}
+	}
+}
+
+// release lets go of the engine. Called with mu held, which it releases.
+func (r *Runner) release() {
+	r.busy = false
+	r.resting = r.engine.withLog.Load() == 0
+	r.stats = r.engine.Stats()
+	r.released.Broadcast()
 	r.mu.Unlock()
+}
+
+// step is a round: it does what is in q and everything that is due.
+func (r *Runner) step(q *queue) error {
+	e := r.engine
 	// Not before the inbox was taken: a lease is granted from receipt, and a
 	// pause between the two would let it end before the leader thinks.
-	now := r.cfg.Clock()
-	if failure != nil {
-		for _, c := range calls {
-			c.reject(fmt.Errorf("%w: %w", ErrStopped, failure))
-		}
-		return failure
-	}
-
-	l.stepped = time.Now()
-	if ahead := l.missed.look(l.stepped, now); ahead > 0 {
-		r.stats.missed.Add(1)
-		r.cfg.Logger.Warn("the wall clock went ahead of the boot clock: leases are given up", "ahead", ahead)
-		for _, g := range l.groups {
-			g.core.Resign(now)
-			r.touch(g)
-		}
-	}
-	// What the disk has done comes first: others wait for it.
-	for _, f := range done {
-		f.group.core.Persisted(now, f.seq)
-		r.touch(f.group)
-	}
-	groups := *r.groups.Load()
-	for i := range inbox {
-		g := groups[inbox[i].Group]
-		if g == nil {
-			r.stats.unknown.Add(1)
-			continue
-		}
-		if err := g.core.Step(now, inbox[i].Message); err != nil {
-			if r.stats.refused.Add(1) == 1 {
-				r.cfg.Logger.Warn("refused a message; further ones are only counted", "group", g.id, "err", err)
-			}
-		}
-		r.touch(g)
-	}
-	for _, c := range calls {
+	r.now = r.cfg.Clock()
+	r.stepped = time.Now()
+	e.Wall(r.now, r.stepped)
+	e.done = append(e.done, q.done...)
+	e.Deliver(r.now, 0, q.inbox)
+	for _, c := range q.calls {
 		if c.proposal != nil {
-			c.group.waiting = append(c.group.waiting, c.proposal)
+			c.group.Propose(c.proposal)
 		} else {
-			c.do(now)
-		}
-		if c.group != nil {
-			r.touch(c.group)
+			c.do(r.now)
 		}
 	}
-	for _, g := range l.groups {
-		if g.deadline <= now {
-			g.core.Tick(now)
-			r.touch(g)
-		}
+	if err := e.Step(r.now); err != nil {
+		return err
 	}
-	for _, g := range l.dirty {
-		g.dirty = false
-		g.settle(now)
+	if q.due {
+		r.armed = never // it has rung
 	}
-	l.dirty = l.dirty[:0]
-
-	clear(inbox)
-	clear(done)
-	clear(calls)
-	l.spare.inbox, l.spare.flushed, l.spare.calls = inbox, done, calls
+	next, ok := e.Deadline()
+	if !ok {
+		next = never
+	}
+	next = min(next, r.publishStale())
+	if next < r.armed {
+		// One that is set too early rings for nothing and is set anew.
+		r.armed = next
+		r.timer.Reset(max(0, next.Sub(r.now)))
+	}
 	return nil
 }
 
-func (r *Runner) touch(g *Group) {
-	if !g.dirty {
-		g.dirty = true
-		r.loop.dirty = append(r.loop.dirty, g)
-	}
-}
-
-func (r *Runner) nextDeadline() (paxosgroup.Instant, bool) {
-	if len(r.loop.groups) == 0 {
-		return 0, false
-	}
-	return slices.MinFunc(r.loop.groups, func(a, b *Group) int {
-		if a.deadline < b.deadline {
-			return -1
+// publishStale publishes the progress of those who have not for long enough, and
+// returns when the next are due.
+func (r *Runner) publishStale() paxosgroup.Instant {
+	next, kept := never, r.stale[:0]
+	for _, g := range r.stale {
+		if !g.stale {
+			continue
 		}
-		return 1
-	}).deadline, true
-}
-
-// durable is told by the log, on its goroutine, that a Ready is flushed.
-func (r *Runner) durable(f flushed, err error) {
-	r.mu.Lock()
-	if err != nil {
-		if r.failure == nil {
-			r.failure = fmt.Errorf("persist records of group %d: %w", f.group.id, err)
+		if due := g.publishedAt.Add(statusAgeMax); due > r.now {
+			next, kept = min(next, due), append(kept, g)
+			continue
 		}
-	} else if !r.stopped {
-		r.flushed = append(r.flushed, f)
+		g.publish(r.now)
 	}
-	r.mu.Unlock()
-	r.signal()
+	clear(r.stale[len(kept):])
+	r.stale = kept
+	return next
 }
 
 // stop answers everyone who waits.
 func (r *Runner) stop() {
 	r.mu.Lock()
 	r.stopped = true
-	calls, err := r.calls, r.stopError()
-	r.calls, r.inbox, r.flushed = nil, nil, nil
+	for r.busy && !r.handed {
+		r.released.Wait()
+	}
+	r.busy, r.handed = true, false // for ever
+	calls, err := r.queue.calls, r.stopError()
+	r.queue = queue{}
 	r.mu.Unlock()
+	r.timer.Stop()
 	for _, c := range calls {
 		c.reject(err)
 	}
-	for _, g := range r.loop.groups {
+	for _, g := range r.engine.order {
 		g.failProposals(err)
 	}
+}
+
+// tracedLog tells Config.Accepted what becomes of accepted entries.
+type tracedLog struct {
+	Log
+	runner *Runner
+}
+
+func (l tracedLog) Append(g paxosgroup.GroupID, recs []paxosgroup.Record, durable func(error)) {
+	stepped, appended := l.runner.stepped, time.Now()
+	l.Log.Append(g, recs, func(err error) {
+		flushed := time.Now()
+		durable(err)
+		if err != nil {
+			return
+		}
+		for _, rec := range recs {
+			if rec.Kind == paxosgroup.RecordAccept {
+				l.runner.cfg.Accepted(g, paxosgroup.SlotEntry{Slot: rec.Slot, Entry: rec.Entry}, stepped, appended, flushed)
+			}
+		}
+	})
 }

@@ -1,0 +1,321 @@
+package runner
+
+import (
+	"container/heap"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync/atomic"
+	"time"
+
+	"quorate/paxosgroup"
+	"quorate/paxosgroup/peer"
+)
+
+// Transport is what an engine sends by.
+type Transport interface {
+	// Send never blocks and may lose anything. The messages are the caller's
+	// again when it returns, what they point to is shared and never changed.
+	Send(g paxosgroup.GroupID, msgs []paxosgroup.Message)
+}
+
+// Log is where an engine keeps what its cores owe to the disk.
+type Log interface {
+	// Append adds records of a group, in order, and has durable called once,
+	// when they and all earlier ones of the group are flushed, or with the error
+	// for which they will not be. It must not block, nor call durable from within.
+	Append(g paxosgroup.GroupID, recs []paxosgroup.Record, durable func(error))
+	// Group reads back what was appended, flushed or not.
+	Group(g paxosgroup.GroupID) paxosgroup.Storage
+}
+
+// Config says what an engine drives.
+type Config struct {
+	Log       Log
+	Restored  map[paxosgroup.GroupID]paxosgroup.Restored // what opening Log gave
+	Transport Transport
+	Clock     func() paxosgroup.Instant // of a Runner; nil means BootTime. An Engine is handed the time
+	Groups    []GroupConfig
+	Logger    *slog.Logger // nil discards
+	// Accepted, if set, is told by a Runner of each entry that this replica
+	// accepted and flushed, for tracing: when it was stepped, handed to the log,
+	// and durable. It is called on the log's goroutine and must not block.
+	Accepted func(g paxosgroup.GroupID, e paxosgroup.SlotEntry, stepped, appended, durable time.Time)
+	// InboxBytesMax bounds what has arrived at a Runner and was not stepped yet;
+	// more is dropped. 0 means 64 MiB.
+	InboxBytesMax int
+}
+
+// GroupConfig says how a group is run.
+type GroupConfig struct {
+	// Core is the core's configuration. RestartedWithState is set by the engine
+	// if the log holds anything of the group.
+	Core paxosgroup.Config
+	// Bootstrap is the membership that a group starts with if the log holds
+	// nothing of it. It must be the same in every replica, and empty in one that
+	// joins a group that exists.
+	Bootstrap paxosgroup.Membership
+	// RecentBytesMax and RecentEntriesMax bound the chosen entries kept in
+	// memory. 0 means 64 MiB and 65536.
+	RecentBytesMax   int
+	RecentEntriesMax int
+	// WaitingMax bounds the proposals that wait for room in the window; more are
+	// answered with ErrBusy. 0 means 65536.
+	WaitingMax int
+}
+
+const (
+	inboxBytesDefault    = 64 << 20
+	recentBytesDefault   = 64 << 20
+	recentEntriesDefault = 1 << 16
+	waitingDefault       = 1 << 16
+)
+
+func (c *Config) fill() error {
+	if c.Log == nil || c.Transport == nil {
+		return errors.New("runner: log and transport are needed")
+	}
+	if c.Clock == nil {
+		c.Clock = BootTime
+	}
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	if c.InboxBytesMax == 0 {
+		c.InboxBytesMax = inboxBytesDefault
+	}
+	return nil
+}
+
+// Engine is what drives groups, without goroutine, clock or lock: all times are
+// handed in, and the same calls in the same order have the same effects. It is
+// not safe for concurrent use. Runner puts it among goroutines; a simulator
+// calls it directly.
+//
+// Deliver, and what is asked of a group, take effect on the cores at once; what
+// the cores owe in return is paid by the next Step, which must follow.
+type Engine struct {
+	cfg     Config
+	groups  map[paxosgroup.GroupID]*EngineGroup
+	order   []*EngineGroup
+	due     deadlines
+	dirty   []*EngineGroup // touched since the last Step
+	missed  missedTime
+	done    []done
+	withLog atomic.Int64 // Appends that were not called back yet, or not heard of
+	failure error
+	stats   Stats
+
+	// A Runner's: none of them changes what the engine does.
+	durable func(done)           // nil: the log calls back on the engine's own goroutine
+	settled func(g *EngineGroup) // has been settled
+	moved   func(g *EngineGroup) // delivered or restarted; with the guard held
+}
+
+// done says what became of an Append.
+type done struct {
+	group  *EngineGroup
+	seq    uint64 // of the Ready; 0 if nothing counts upon it
+	counts bool   // the core waits to hear of it
+	after  []paxosgroup.Message
+	ticket bool // unflushed counts it
+	err    error
+}
+
+// nobody is the guard of what is not shared.
+type nobody struct{}
+
+func (nobody) Lock()   {}
+func (nobody) Unlock() {}
+
+// NewEngine restores the cores at an instant.
+func NewEngine(cfg Config, now paxosgroup.Instant) (*Engine, error) {
+	return newEngine(&Engine{cfg: cfg}, now)
+}
+
+// newEngine completes e, whose hooks are set.
+func newEngine(e *Engine, now paxosgroup.Instant) (*Engine, error) {
+	if err := e.cfg.fill(); err != nil {
+		return nil, err
+	}
+	e.groups = make(map[paxosgroup.GroupID]*EngineGroup)
+	if e.durable == nil {
+		e.durable = func(d done) { e.done = append(e.done, d) }
+	}
+	for _, gc := range e.cfg.Groups {
+		if _, err := e.AddGroup(now, gc); err != nil {
+			return nil, err
+		}
+	}
+	return e, nil
+}
+
+// AddGroup drives one more group, restored from what the log held when it was
+// opened.
+func (e *Engine) AddGroup(now paxosgroup.Instant, gc GroupConfig) (*EngineGroup, error) {
+	if e.groups[gc.Core.Group] != nil {
+		return nil, fmt.Errorf("runner: group %d is here already", gc.Core.Group)
+	}
+	g, err := e.newGroup(now, gc, nobody{})
+	if err != nil {
+		return nil, err
+	}
+	return g, e.admit(g)
+}
+
+// admit takes up a group that newGroup made.
+func (e *Engine) admit(g *EngineGroup) error {
+	if e.groups[g.id] != nil {
+		return fmt.Errorf("runner: group %d is here already", g.id)
+	}
+	e.groups[g.id] = g
+	e.order = append(e.order, g)
+	heap.Push(&e.due, g)
+	e.touch(g)
+	return nil
+}
+
+// Group returns a group, or nil if it is not here.
+func (e *Engine) Group(id paxosgroup.GroupID) *EngineGroup { return e.groups[id] }
+
+// Groups returns all groups in the order in which they were added.
+func (e *Engine) Groups() []*EngineGroup { return e.order }
+
+// Deliver takes messages from a peer.
+func (e *Engine) Deliver(now paxosgroup.Instant, _ paxosgroup.ReplicaID, batch []peer.GroupMessage) {
+	e.payDone(now) // others wait for what the disk has done
+	for i := range batch {
+		g := e.groups[batch[i].Group]
+		if g == nil {
+			e.stats.Unknown++
+			continue
+		}
+		if err := g.core.Step(now, batch[i].Message); err != nil {
+			if e.stats.Refused++; e.stats.Refused == 1 {
+				e.cfg.Logger.Warn("refused a message; further ones are only counted", "group", g.id, "err", err)
+			}
+		}
+		e.touch(g)
+	}
+}
+
+// Wall compares the wall clock with the boot clock. Whoever leads resigns if the
+// boot clock has missed time, for its lease may have run out unnoticed.
+func (e *Engine) Wall(now paxosgroup.Instant, wall time.Time) {
+	ahead := e.missed.look(wall, now)
+	if ahead <= 0 {
+		return
+	}
+	e.stats.MissedTimes++
+	e.cfg.Logger.Warn("the wall clock went ahead of the boot clock: leases are given up", "ahead", ahead)
+	for _, g := range e.order {
+		g.Resign(now)
+	}
+}
+
+// Step does everything that is due. It returns the error that stopped the log,
+// and does nothing from then on.
+func (e *Engine) Step(now paxosgroup.Instant) error {
+	e.payDone(now)
+	if e.failure != nil {
+		return e.failure
+	}
+	for len(e.due) > 0 && e.due[0].deadline <= now {
+		g := e.due[0]
+		g.core.Tick(now)
+		e.touch(g)
+		// Out of the way until it is settled, which gives it its next deadline.
+		g.deadline = never
+		heap.Fix(&e.due, 0)
+	}
+	// Whom a callback touches again waits for the next Step: nobody's callbacks
+	// can keep this one from ending.
+	n := len(e.dirty)
+	for i := range n {
+		g := e.dirty[i]
+		g.dirty = false
+		g.settle(now)
+	}
+	rest := copy(e.dirty, e.dirty[n:])
+	clear(e.dirty[rest:])
+	e.dirty = e.dirty[:rest]
+	return nil
+}
+
+// payDone does what waited for the disk, in order.
+func (e *Engine) payDone(now paxosgroup.Instant) {
+	for i := 0; i < len(e.done); i++ {
+		d := e.done[i]
+		e.done[i] = done{}
+		e.withLog.Add(-1)
+		g := d.group
+		if d.err != nil {
+			// What is with the log behind it fails as well, and what may have
+			// been flushed is not counted: nothing may leave that rests on it.
+			if g.failure == nil {
+				g.failure = fmt.Errorf("persist records of group %d: %w", g.id, d.err)
+			}
+			if e.failure == nil {
+				e.failure = g.failure
+			}
+			continue
+		}
+		if g.failure != nil {
+			continue
+		}
+		if d.ticket {
+			g.unflushed--
+		}
+		if len(d.after) > 0 {
+			e.cfg.Transport.Send(g.id, d.after)
+		}
+		if d.counts {
+			g.core.Persisted(now, d.seq)
+			e.touch(g)
+		}
+	}
+	e.done = e.done[:0]
+}
+
+// Deadline returns when Step has to be called next at the latest; false if
+// never. What waits to be settled is due at once.
+func (e *Engine) Deadline() (paxosgroup.Instant, bool) {
+	if len(e.dirty) > 0 || len(e.done) > 0 {
+		return 0, true
+	}
+	if len(e.due) == 0 || e.due[0].deadline == never {
+		return 0, false
+	}
+	return e.due[0].deadline, true
+}
+
+// Stats returns the counters.
+func (e *Engine) Stats() Stats { return e.stats }
+
+func (e *Engine) touch(g *EngineGroup) {
+	if !g.dirty {
+		g.dirty = true
+		e.dirty = append(e.dirty, g)
+	}
+}
+
+const never = paxosgroup.Instant(1<<63 - 1)
+
+// deadlines is a heap of groups, the earliest first, and of those with one
+// deadline the one added first.
+type deadlines []*EngineGroup
+
+func (d deadlines) Len() int { return len(d) }
+func (d deadlines) Less(i, j int) bool {
+	return d[i].deadline < d[j].deadline || d[i].deadline == d[j].deadline && d[i].id < d[j].id
+}
+func (d deadlines) Swap(i, j int) {
+	d[i], d[j] = d[j], d[i]
+	d[i].heapIndex, d[j].heapIndex = i, j
+}
+func (d *deadlines) Push(x any) {
+	g := x.(*EngineGroup)
+	g.heapIndex = len(*d)
+	*d = append(*d, g)
+}
+func (d *deadlines) Pop() any { panic("runner: no group is ever taken away") }
