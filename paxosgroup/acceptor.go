@@ -21,8 +21,7 @@ func (r *Replica) onPrepare(m Message) {
 	// An equal ballot is the same proposer, whose first Promise was lost or
 	// whose new configuration this replica joins: answer, it is on disk.
 	repeated := m.Ballot == r.promised
-	stranger := r.membership.index(m.From) < 0 && m.Chosen <= r.chosen
-	if m.Ballot.Less(r.promised) || !repeated && (r.now < r.restartUntil || r.honoursLease(m)) || stranger {
+	if m.Ballot.Less(r.promised) || !repeated && (r.now < r.restartUntil || r.honoursLease(m)) || r.stranger(m) {
 		r.reject(m)
 		return
 	}

@@ -36,21 +36,22 @@ func (r *Replica) electionTimeout() time.Duration {
 // quorumRoundTrip is the round trip to the farthest replica of the nearest
 // phase-1 quorum, as far as measured.
 func (r *Replica) quorumRoundTrip() time.Duration {
-	var rtts [membersMax]time.Duration
-	n := 0
-	for _, p := range r.peers {
-		if p.rtt > 0 && r.voters&(1<<p.index) != 0 {
-			rtts[n] = p.rtt
-			n++
+	var worst time.Duration
+	for _, side := range r.quorums.sides[:r.quorums.n] {
+		var rtts [membersMax]time.Duration
+		n := 0
+		for _, p := range r.peers {
+			if p.rtt > 0 && side.voters&(1<<p.index) != 0 {
+				rtts[n] = p.rtt
+				n++
+			}
+		}
+		slices.Sort(rtts[:n])
+		if others := side.phase1 - 1; others > 0 && n > 0 {
+			worst = max(worst, rtts[min(others, n)-1])
 		}
 	}
-	slices.Sort(rtts[:n])
-	phase1, _ := r.membership.Quorums()
-	others := phase1 - 1
-	if others < 1 || n == 0 {
-		return 0
-	}
-	return rtts[min(others, n)-1]
+	return worst
 }
 
 func (r *Replica) random(d time.Duration) time.Duration {
@@ -82,8 +83,7 @@ func (r *Replica) deferToPreferred(t time.Duration) {
 }
 
 func (r *Replica) canCampaign() bool {
-	m, ok := r.membership.Member(r.cfg.ID)
-	return ok && m.Kind == Voter && r.electable && r.now >= r.restartUntil
+	return r.membership.leads(r.cfg.ID) && r.electable && r.now >= r.restartUntil
 }
 
 func (r *Replica) onElectionTimeout() {
@@ -121,24 +121,12 @@ func (r *Replica) startPreVote() {
 }
 
 func (r *Replica) checkPreVote() {
-	phase1, _ := r.membership.Quorums()
 	switch {
-	case r.count(r.candidacy.granted) >= phase1:
+	case r.quorums.phase1(r.bits.set(r.candidacy.granted)):
 		r.startPrepare(Ballot{})
-	case r.count(r.candidacy.refused) > r.membership.Voters()-phase1:
+	case !r.quorums.phase1Without(r.bits.set(r.candidacy.refused)):
 		r.failCandidacy()
 	}
-}
-
-// count returns how many of ids vote.
-func (r *Replica) count(ids []ReplicaID) int {
-	n := 0
-	for _, id := range ids {
-		if r.membership.votes(id) {
-			n++
-		}
-	}
-	return n
 }
 
 func add(ids []ReplicaID, id ReplicaID) []ReplicaID {
@@ -204,12 +192,20 @@ func (r *Replica) refusesPreVote(m Message) bool {
 		return true
 	case r.now < r.quietUntil && r.quietFor != m.From: // a leader, or somebody about to be one, is alive
 		return true
-	case r.membership.index(m.From) < 0 && m.Chosen <= r.chosen: // removed, and does not know yet
+	case r.stranger(m):
 		return true
 	}
 	// For a while only: whoever is ahead may be out of reach of the others.
 	patient := r.now < max(r.leaderHeard, r.grantedUntil).Add(appliedPatience) && r.leaderHeard > 0
 	return patient && r.canCampaign() && r.applied > m.Applied+appliedLeadMax
+}
+
+// stranger reports whether a candidate is no member, and does not know more than
+// this replica: it was removed and has yet to learn of it. One that knows more
+// may have been added, in either configuration of a change.
+func (r *Replica) stranger(m Message) bool {
+	_, member := r.membership.Member(m.From)
+	return !member && m.Chosen <= r.chosen
 }
 
 // hush refuses pre-votes of all but id for a while.
@@ -269,6 +265,7 @@ func (r *Replica) onPromise(m Message) {
 	r.recordPromise(m.From, m.Chosen)
 	r.learnOf(m.Chosen, m.From)
 	r.checkPhase1()
+	r.tryChange()
 }
 
 // recordPromise counts a promise for all slots, now and later: whatever its
@@ -298,8 +295,7 @@ func (r *Replica) checkPhase1() {
 	if r.stage < preparing {
 		return
 	}
-	phase1, _ := r.membership.Quorums()
-	r.lead.phase1 = r.count(r.lead.promised) >= phase1 && r.chosen >= r.lead.promisedChosen
+	r.lead.phase1 = r.quorums.phase1(r.bits.set(r.lead.promised)) && r.chosen >= r.lead.promisedChosen
 	if !r.lead.phase1 {
 		return
 	}
@@ -319,8 +315,7 @@ func (r *Replica) onReject(m Message) {
 		r.stepDown()
 	case r.stage == preparing && m.SentAt >= r.candidacy.startedAt:
 		r.candidacy.refused = add(r.candidacy.refused, m.From)
-		phase1, _ := r.membership.Quorums()
-		if r.count(r.candidacy.refused) > r.membership.Voters()-phase1 {
+		if !r.quorums.phase1Without(r.bits.set(r.candidacy.refused)) {
 			r.failCandidacy()
 		}
 	}
@@ -334,7 +329,12 @@ func (r *Replica) stepDown() {
 		r.releaseAt = r.now.Add(2 * r.cfg.TickInterval)
 	}
 	r.role, r.stage, r.ballot = Follower, idle, Ballot{}
+	wanted := r.lead.change != nil
 	r.lead, r.candidacy = leadership{}, candidacy{}
+	r.settled = false
+	if wanted {
+		r.connect()
+	}
 	r.resetElection()
 }
 

@@ -64,15 +64,7 @@ func (m *model) accepted(i int, records []Record, flushed bool) error {
 // slot. The members are as at the start; a change in these bounds moves only
 // quorum sizes and kinds, which are taken from the entries below.
 func (m *model) isChosen(v balloted) bool {
-	members := m.seen.governing(v.slot)
-	n := 0
-	for i, yes := range v.flushed {
-		if yes && members.votes(ReplicaID(i+1)) {
-			n++
-		}
-	}
-	_, phase2 := members.Quorums()
-	return n >= phase2
+	return m.seen.governing(v.slot).HasPhase2(func(id ReplicaID) bool { return int(id) <= len(v.flushed) && v.flushed[id-1] })
 }
 
 // governing returns the membership of a slot, as far as what was handed out says.

@@ -192,6 +192,7 @@ func (m *model) restart(i int) error {
 	n.written, n.owed = n.flushed, nil
 	core, err := New(Config{
 		Group: 1, ID: ReplicaID(i + 1), Region: fmt.Sprintf("r%d", i+1), WindowSlotsMax: 4, WindowBytesMax: 1 << 10,
+		LeaseDuration: 2 * time.Duration(present), // no leadership is over because a copy of it is of long ago
 	}, n.flushed.restored(), &n.written, longAgo)
 	if err != nil {
 		return err
@@ -437,19 +438,28 @@ func (m *model) next(b bounds, each func(*model, error)) {
 
 // canCampaignAt is canCampaign once every lease has run out.
 func (r *Replica) canCampaignAt(now Instant) bool {
-	m, ok := r.membership.Member(r.cfg.ID)
-	return ok && m.Kind == Voter && now > r.leaseHonouredUntil()
+	return r.membership.leads(r.cfg.ID) && now > r.leaseHonouredUntil()
 }
 
-// changeNow proposes a membership as if its voters had granted the lease.
+// changeNow begins a change as if its voters had granted the lease and had
+// caught up.
 func (r *Replica) changeNow(m Membership) {
 	l := &r.lead
 	m = m.normalized()
 	m.Epoch = r.membership.Epoch + 1
-	if l.configAt != 0 || !l.phase1 || l.next <= l.recoveredMax || m.Validate() != nil {
+	if l.change != nil || r.membership.Joint() || !l.phase1 || l.next <= l.recoveredMax {
 		return
 	}
-	r.propose(Entry{Kind: KindConfig, Term: r.ballot, Region: r.cfg.Region, Incarnation: l.incarnation, Payload: EncodeMembership(m)})
+	if out := r.membership.Incoming(); !m.Incoming().sameVotes(out) {
+		m.Outgoing = &out
+	}
+	if m.Validate() != nil {
+		return
+	}
+	c := &change{to: m, quorums: r.quorumsOf(m)}
+	if c.quorums.phase1(r.bits.set(l.promised)) {
+		r.proposeChange(c)
+	}
 }
 
 func describeLetter(m Message) string {

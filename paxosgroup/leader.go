@@ -1,7 +1,6 @@
 package paxosgroup
 
 import (
-	"math/bits"
 	"slices"
 	"time"
 )
@@ -13,23 +12,23 @@ type leadership struct {
 	promisedChosen Slot                   // highest chosen slot any of them knows
 	recovered      map[Slot]AcceptedEntry // of phase 1, by highest ballot, not proposed yet
 	recoveredMax   Slot
-	phase1         bool // done in the membership that governs slot next
+	phase1         bool // done in every configuration that may govern slot next
 
 	next        Slot // to be proposed
 	number      uint64
 	opened      bool // the own opening is proposed
 	incarnation Incarnation
 	windowBytes int
-	configAt    Slot // of an undecided effective configuration entry; 0 if none
+	inheritedAt Slot // of an undecided configuration entry of another leadership; 0 if none
 	outbox      []Slot
-	since       Instant
+	since       Instant // this leadership, or the membership in force
+	lapsesAt    Instant // not before then, as last looked at
 	heartbeatAt Instant // last one sent
 	noticeAt    Instant // when the chosen slot is to be made known; 0 if it is
 	noticedAt   Instant
 
-	membership       *Membership // wanted; proposed once its lease holds
-	membershipFloor  Instant     // its lease must reach as far as what was reported before
-	membershipUntil  Instant
+	change           *change // under way and not chosen yet
+	revert           bool    // the joint configuration is to be left the way it was entered
 	transfer         *transfer
 	bytesUpTo        uint64   // payload bytes proposed in this leadership
 	bytesUpToOf      []uint64 // the same as of slot, by slot modulo its length
@@ -39,7 +38,7 @@ type leadership struct {
 // peer is what this replica knows of another member.
 type peer struct {
 	id              ReplicaID
-	index           int // in membership
+	index           int // of its bit in acks, as long as it is a peer
 	chosen, applied Slot
 	lastHeard       Instant
 	rtt             time.Duration
@@ -69,24 +68,6 @@ func (r *Replica) peer(id ReplicaID) *peer {
 	return nil
 }
 
-// setMembership puts m in force from slot chosen+1 on.
-func (r *Replica) setMembership(m Membership) {
-	old := r.peers
-	r.membership, r.voters, r.self = m, m.voterMask(), m.index(r.cfg.ID)
-	r.peers = make([]*peer, 0, len(m.Members))
-	for i, x := range m.Members {
-		if x.ID == r.cfg.ID {
-			continue
-		}
-		p := &peer{id: x.ID}
-		if k := slices.IndexFunc(old, func(p *peer) bool { return p.id == x.ID }); k >= 0 {
-			p = old[k]
-		}
-		p.index = i
-		r.peers = append(r.peers, p)
-	}
-}
-
 // beginLeading starts phase 2: first what was inherited, then the opening.
 func (r *Replica) beginLeading() {
 	l := &r.lead
@@ -105,11 +86,12 @@ func (r *Replica) beginLeading() {
 
 // pump proposes what is to be proposed before anything that a caller hands in:
 // the inherited entries in their slots, no-ops in the gaps, then the opening.
-// It stops at a configuration entry until that is chosen and phase 1 is done in
-// the new configuration.
+// It stops at an inherited configuration entry until that is chosen and phase 1
+// is done in the new configuration. (At one of its own, the leader has done that
+// before: reconfigure.go.)
 func (r *Replica) pump() {
 	l := &r.lead
-	for r.stage == proposing && l.phase1 && l.configAt == 0 {
+	for r.stage == proposing && l.phase1 && l.inheritedAt == 0 {
 		l.next = max(l.next, r.chosen+1)
 		switch {
 		case l.next <= l.recoveredMax:
@@ -118,11 +100,14 @@ func (r *Replica) pump() {
 				e = a.Entry
 				delete(l.recovered, l.next)
 			}
-			if _, takes := r.membership.Next(e); takes && l.opened {
-				// The lease in use was not counted under this membership, as
-				// it is for one that this leader proposes itself.
-				r.stepDown()
-				return
+			if _, takes := r.membership.Next(e); takes {
+				if l.opened {
+					// The lease in use was not counted under this membership, as
+					// it is for one that this leader proposes itself.
+					r.stepDown()
+					return
+				}
+				l.inheritedAt = l.next
 			}
 			r.propose(e)
 		case !l.opened:
@@ -140,11 +125,8 @@ func (r *Replica) propose(e Entry) {
 	l := &r.lead
 	s := l.next
 	invariant(s > r.chosen, "slot %d proposed, chosen up to %d", s, r.chosen)
-	invariant(r.promised == r.ballot, "proposing at %v with promise %v", r.ballot, r.promised)
+	r.mayPropose(s)
 	l.next++
-	if _, takes := r.membership.Next(e); takes {
-		l.configAt = s
-	}
 	l.windowBytes += len(e.Payload)
 	l.bytesUpTo += uint64(len(e.Payload))
 	l.bytesUpToOf[s%Slot(len(l.bytesUpToOf))] = l.bytesUpTo
@@ -162,7 +144,7 @@ func (r *Replica) Propose(now Instant, payload []byte) (term Ballot, number uint
 		return Ballot{}, 0, ErrNotLeader
 	}
 	l := &r.lead
-	if l.transfer != nil || l.configAt != 0 || !l.phase1 || l.next <= l.recoveredMax || l.next-r.chosen > Slot(r.cfg.WindowSlotsMax) ||
+	if l.transfer != nil || l.inheritedAt != 0 || !l.phase1 || l.next <= l.recoveredMax || l.next-r.chosen > Slot(r.cfg.WindowSlotsMax) ||
 		l.windowBytes > 0 && l.windowBytes+len(payload) > r.cfg.WindowBytesMax {
 		return Ballot{}, 0, ErrWindowFull
 	}
@@ -192,6 +174,7 @@ func (r *Replica) onAccepted(m Message) {
 		}
 	}
 	r.advance()
+	r.tryChange()
 }
 
 func (r *Replica) noteAcked(p *peer, s Slot) {
@@ -207,34 +190,40 @@ func (r *Replica) advance() {
 		if st == nil || st.ballot != r.ballot {
 			break
 		}
-		_, phase2 := r.membership.Quorums()
-		if bits.OnesCount64(st.acks&r.voters) < phase2 {
+		// In slot order, so that a slot is counted in the configuration that
+		// the entries below it, now known, put in force.
+		if !r.quorums.phase2(st.acks) {
 			break
 		}
 		r.choose(r.chosen+1, st.entry)
 	}
 	if r.chosen > before {
-		r.afterLearning()
+		r.afterLearning(before)
 	}
 }
 
-// afterLearning does what a longer chosen prefix allows.
-func (r *Replica) afterLearning() {
+// afterLearning does what a chosen prefix allows that was as long as before and
+// is longer now.
+func (r *Replica) afterLearning(before Slot) {
 	l := &r.lead
 	if r.stage < preparing {
 		return
 	}
-	if l.configAt != 0 && r.chosen >= l.configAt {
-		l.configAt, l.membership = 0, nil
+	if l.inheritedAt != 0 && r.chosen >= l.inheritedAt {
+		l.inheritedAt = 0
 		r.prepareNewcomers()
 	} else if r.stage == preparing {
 		r.prepareNewcomers()
 	}
+	if r.stage == proposing && r.configAt > before {
+		r.heartbeat() // the next step waits until they know
+	}
 	if r.stage == proposing {
 		r.scheduleNotice()
 	}
-	if !r.membership.votes(r.cfg.ID) {
-		// Removed. The others are to know before this one falls silent.
+	if !r.membership.Votes(r.cfg.ID) && r.role != Leader {
+		// Removed by another leadership (one that does it itself leaves when the
+		// change is done). The others are to know before this one falls silent.
 		r.lead.noticeAt = r.now
 		r.sendChosen()
 		r.stepDown()
@@ -309,6 +298,7 @@ func (r *Replica) sendAccepts() {
 }
 
 func (r *Replica) sendAccept(p *peer, chunk []SlotEntry) {
+	r.mayPropose(chunk[len(chunk)-1].Slot)
 	last := chunk[len(chunk)-1].Slot
 	p.sent = max(p.sent, last)
 	p.chosenSent = max(p.chosenSent, r.chosen)
@@ -349,27 +339,47 @@ func (r *Replica) heartbeat() {
 
 func (r *Replica) tickLeader() {
 	l := &r.lead
-	// Followers that hear a leader which does not hear them would honour its
-	// lease for ever.
-	if r.now > max(r.leaseUntil(r.membership), l.since).Add(r.cfg.LeaseDuration) {
-		r.stepDown()
-		return
-	}
 	if r.now >= l.heartbeatAt.Add(r.cfg.HeartbeatInterval) {
 		r.heartbeat()
 	}
 	for _, p := range r.peers {
 		r.retransmit(p)
 	}
-	if !l.phase1 {
+	if !l.phase1 || l.change != nil && l.change.at == 0 {
 		for _, p := range r.peers {
 			if !slices.Contains(l.promised, p.id) && r.now >= p.preparedAt.Add(r.retransmitTimeout(p)) {
 				r.sendPrepare(p)
 			}
 		}
 	}
-	r.tryProposeMembership()
+	r.tryChange()
 	r.tickTransfer()
+}
+
+// lapsed reports whether this leadership has been without a lease for as long
+// as one lasts. It then ends: followers that hear a leader which does not hear
+// them would honour its lease for ever.
+func (r *Replica) lapsed() bool {
+	l := &r.lead
+	if r.now > l.lapsesAt { // grants come in between, so that it is later by now
+		l.lapsesAt = max(r.leaseUntil(&r.quorums), l.since).Add(r.cfg.LeaseDuration)
+	}
+	return r.now > l.lapsesAt
+}
+
+// mayPropose asserts, for slots up to s, all that allows phase 1 to be skipped:
+// no higher ballot was promised here, a phase-1 quorum of every configuration
+// that may govern the slot promised this one for all slots, and the leadership
+// has not outlived its lease by another one.
+func (r *Replica) mayPropose(s Slot) {
+	l := &r.lead
+	invariant(r.promised == r.ballot, "proposing at %v with promise %v", r.ballot, r.promised)
+	promised := r.bits.set(l.promised)
+	if c := l.change; c != nil && c.at != 0 && c.at < s {
+		invariant(c.quorums.phase1(promised), "slot %d above the change at slot %d proposed at %v without its phase 1", s, c.at, r.ballot)
+	}
+	invariant(r.quorums.phase1(promised), "slot %d proposed at %v without phase 1 in epoch %d", s, r.ballot, r.membership.Epoch)
+	invariant(!r.lapsed(), "slot %d proposed at %v, whose lease ended long ago", s, r.ballot)
 }
 
 func (r *Replica) retransmitTimeout(p *peer) time.Duration {

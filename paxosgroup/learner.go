@@ -32,7 +32,7 @@ func (r *Replica) choose(s Slot, e Entry) {
 	}
 	r.pending.Delivered = append(r.pending.Delivered, Delivered{Slot: s, Entry: e, Verdict: v})
 	if m, ok := r.membership.Next(e); ok {
-		r.setMembership(m)
+		r.setMembership(m, s)
 	}
 }
 
@@ -151,7 +151,7 @@ func (r *Replica) onLearn(m Message) {
 	if r.chosen > before {
 		r.fetch.until, r.fetch.served, r.fetch.tried, r.fetch.snapshot = 0, m.From, r.fetch.tried[:0], false
 		r.learnCommitted()
-		r.afterLearning()
+		r.afterLearning(before)
 	}
 	r.learnOf(m.Chosen, m.From)
 }

@@ -83,44 +83,48 @@ func (r *Replica) onHeartbeatAck(m Message) {
 	}
 	p.leaseSentAt = max(p.leaseSentAt, m.SentAt)
 	r.noteAcked(p, min(m.Chosen, r.lead.next-1))
-	r.tryProposeMembership()
+	r.tryChange()
 }
 
-// leaseUntil is until when this leader may rely on its lease under m: the
-// grants of a phase-2 quorum, because that meets every phase-1 quorum. Zero
-// if there is none.
-func (r *Replica) leaseUntil(m Membership) Instant {
-	var sent [membersMax]Instant
-	n := 0
-	for _, x := range m.Members {
-		if !x.Kind.votes() {
-			continue
-		}
-		if x.ID == r.cfg.ID {
+// leaseUntil is until when this leader may rely on its lease under q: the
+// grants of a phase-2 quorum of every configuration, because that meets every
+// phase-1 quorum. Zero if there is none.
+func (r *Replica) leaseUntil(q *quorums) Instant {
+	until := Instant(0)
+	for i, side := range q.sides[:q.n] {
+		var sent [membersMax]Instant
+		n := 0
+		if side.voters&1 != 0 { // this replica's bit
 			sent[n] = r.lead.heartbeatAt
-		} else if p := r.peer(x.ID); p != nil {
-			sent[n] = p.leaseSentAt
+			n++
 		}
-		n++
+		for _, p := range r.peers {
+			if side.voters&(1<<p.index) != 0 {
+				sent[n] = p.leaseSentAt
+				n++
+			}
+		}
+		slices.Sort(sent[:n])
+		if n < side.phase2 || sent[n-side.phase2] == 0 {
+			return 0
+		}
+		if at := sent[n-side.phase2].Add(r.cfg.leaderLease()); i == 0 || at < until {
+			until = at
+		}
 	}
-	slices.Sort(sent[:n])
-	_, phase2 := m.Quorums()
-	if n < phase2 || sent[n-phase2] == 0 {
-		return 0
-	}
-	return sent[n-phase2].Add(r.cfg.leaderLease())
+	return until
 }
 
 // reportedLease is what Status shows: nothing before the leader has opened its
-// term or once it is about to hand over, and while a change of membership is
-// being made only what holds before and after it.
+// term or once it is about to hand over, and while a configuration entry is
+// undecided only what holds whether it is chosen or not.
 func (r *Replica) reportedLease() Instant {
 	if !r.lead.opened || r.lead.transfer != nil {
 		return 0
 	}
-	until := r.leaseUntil(r.membership)
-	if m := r.lead.membership; m != nil {
-		until = min(until, r.leaseUntil(*m))
+	until := r.leaseUntil(&r.quorums)
+	if c := r.lead.change; c != nil && c.at != 0 {
+		until = min(until, r.leaseUntil(&c.quorums))
 	}
 	if until <= r.now {
 		return 0

@@ -29,7 +29,7 @@ const (
 type slotState struct {
 	ballot Ballot
 	entry  Entry
-	acks   uint64 // by index in the membership that governs the slot
+	acks   uint64 // bits of who has accepted, by bitTable
 	sentAt Instant
 }
 
@@ -39,6 +39,7 @@ type ownRecord struct {
 	seq    uint64
 	ballot Ballot
 	slot   Slot
+	config bool // rather: this replica has the configuration entry at slot as chosen
 }
 
 // Replica is proposer, acceptor and learner of one group. It is a pure state
@@ -60,8 +61,14 @@ type Replica struct {
 	chosen     Slot
 	judge      Judge
 	membership Membership // governs slot chosen+1
-	voters     uint64
-	self       int // index in membership, or -1
+	configAt   Slot       // of the entry that put it in force, or of the base
+	quorums    quorums    // of membership
+	voters     uint64     // in any configuration of it
+	self       int        // bit of this replica: 0, or -1 if it is no member
+	bits       bitTable
+	retiring   []Member // left out by the last change, which has not spread yet
+	contacts   []Member
+	settled    bool // leader: a phase-2 quorum has configAt as chosen, on disk
 	void       uint64
 	commit     Slot // the leader of commitAt has everything up to here as chosen
 	commitAt   Ballot
@@ -99,6 +106,7 @@ type Replica struct {
 	own            []ownRecord
 	storedChosen   Slot // chosen as of the last Ready: what Storage can read back
 	recordedChosen Slot
+	configFlushed  Slot // this replica has the configuration of that slot as chosen, on disk
 }
 
 // New returns the replica that st was written by, or one without a past. Its
@@ -153,7 +161,7 @@ func (r *Replica) adopt(m Membership) error {
 			return err
 		}
 	}
-	r.setMembership(m)
+	r.setMembership(m, r.base.Slot)
 	return nil
 }
 
@@ -175,10 +183,11 @@ func (r *Replica) refold(to Slot) error {
 			r.chosen = e.Slot
 			r.judge.Judge(e.Entry)
 			if m, ok := r.membership.Next(e.Entry); ok {
-				r.setMembership(m)
+				r.setMembership(m, e.Slot)
 			}
 		}
 	}
+	r.configFlushed = r.configAt
 	return nil
 }
 
@@ -194,6 +203,11 @@ func (r *Replica) Step(now Instant, m Message) error {
 	preVote := m.Kind == MsgPreVote || m.Kind == MsgPreVoteReply && m.Granted // about a ballot nobody may ever use
 	if !preVote && r.highest.Less(m.Ballot) {
 		r.highest = m.Ballot
+	}
+	if !preVote && r.stage == proposing && r.ballot.Less(m.Ballot) && r.membership.Votes(m.From) {
+		// Phase 1 is skipped only while no higher ballot is about. The sender
+		// has promised this one or is about to, and would refuse the own.
+		r.stepDown()
 	}
 	switch m.Kind {
 	case MsgPreVote:
@@ -280,8 +294,14 @@ func (r *Replica) Tick(now Instant) {
 	r.tickFetch()
 }
 
-// clock never lets time step back.
-func (r *Replica) clock(now Instant) { r.now = max(r.now, now) }
+// clock never lets time step back. Whatever comes next, a leadership that has
+// outlived its lease has no part in it.
+func (r *Replica) clock(now Instant) {
+	r.now = max(r.now, now)
+	if r.stage == proposing && r.lapsed() {
+		r.stepDown()
+	}
+}
 
 // Ready returns what has become due since the last call, or false if nothing.
 // Its parts are the caller's to keep; payload bytes are shared and never
@@ -292,8 +312,15 @@ func (r *Replica) Ready() (Ready, bool) {
 		r.sendChosen()
 	}
 	if r.chosen > r.recordedChosen {
+		rec := Record{Kind: RecordChosen, Slot: r.chosen}
+		if r.configAt > r.recordedChosen {
+			// That a change of membership is done rests on this knowledge: those
+			// it leaves out go away, and with them what could prove it again.
+			rec.Flush = true
+			r.own = append(r.own, ownRecord{seq: r.seq + 1, slot: r.configAt, config: true})
+		}
 		r.recordedChosen = r.chosen
-		r.pending.Persist = append(r.pending.Persist, Record{Kind: RecordChosen, Slot: r.chosen})
+		r.pending.Persist = append(r.pending.Persist, rec)
 	}
 	p := &r.pending
 	if len(p.Send) == 0 && len(p.Persist) == 0 && len(p.AfterSync) == 0 && len(p.Delivered) == 0 && !p.Snapshot {
@@ -315,6 +342,10 @@ func (r *Replica) Persisted(now Instant, seq uint64) {
 	n := 0
 	for ; n < len(r.own) && r.own[n].seq <= seq; n++ {
 		o := r.own[n]
+		if o.config {
+			r.configFlushed = max(r.configFlushed, o.slot)
+			continue
+		}
 		if o.ballot != r.ballot || r.stage < preparing {
 			continue
 		}
@@ -335,6 +366,7 @@ func (r *Replica) Persisted(now Instant, seq uint64) {
 		r.checkPhase1()
 	case proposing:
 		r.advance()
+		r.tryChange()
 	}
 }
 
@@ -387,8 +419,8 @@ func (r *Replica) Restart(now Instant, b Base) {
 		}
 	}
 	r.base, r.chosen, r.judge = b, b.Slot, b.Judge
-	r.setMembership(b.Membership)
-	r.recordedChosen = r.chosen
+	r.setMembership(b.Membership, b.Slot)
+	r.recordedChosen, r.configFlushed = r.chosen, b.Slot
 	r.fetch = fetchState{known: r.fetch.known, from: r.fetch.from}
 	r.persist(Record{Kind: RecordBase, Slot: b.Slot, Base: &b})
 	// The promise and what is accepted above the image outlive the old log.

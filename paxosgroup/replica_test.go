@@ -356,58 +356,6 @@ func TestChosenIsToldAtOnceWhenNothingFollows(t *testing.T) {
 	}
 }
 
-func TestChangeNeedsPhase1InTheNewMembership(t *testing.T) {
-	l := newLab(t, 1, false)
-	b := l.lead()
-	// Members 1, 2, 3 promised; the new voters are 1, 4 and 5.
-	m := Membership{NextID: 6, Members: []Member{{1, "r", Voter}, {4, "r", Voter}, {5, "r", Voter}}}
-	for _, id := range []ReplicaID{4, 5} {
-		l.step(Message{Kind: MsgHeartbeatAck, From: id, Ballot: b, SentAt: l.r.lead.heartbeatAt, Granted: true})
-	}
-	if err := l.r.ProposeMembership(l.now, m); err != nil {
-		t.Fatal(err)
-	}
-	l.settle()
-	if _, _, err := l.r.Propose(l.now, nil); !errors.Is(err, ErrWindowFull) {
-		t.Errorf("a proposal above an undecided change gives %v", err)
-	}
-	l.step(Message{Kind: MsgAccepted, From: 2, Ballot: b, Slots: []Slot{2}})
-	out := l.step(Message{Kind: MsgAccepted, From: 3, Ballot: b, Slots: []Slot{2}})
-	if l.r.membership.Epoch != 1 || len(only(out, MsgPrepare)) != 2 {
-		t.Fatalf("epoch %d, sends %+v; want Prepare to 4 and 5", l.r.membership.Epoch, out)
-	}
-	if _, _, err := l.r.Propose(l.now, nil); !errors.Is(err, ErrWindowFull) {
-		t.Errorf("a proposal without the new members' promises gives %v", err)
-	}
-	l.step(Message{Kind: MsgPromise, From: 4, Ballot: b, Chosen: 1})
-	if _, n, err := l.r.Propose(l.now, nil); err != nil || n != 1 {
-		t.Errorf("with a quorum of promises: number %d, %v", n, err)
-	}
-}
-
-func TestRemovedLeaderTellsAndStepsDown(t *testing.T) {
-	l := newLab(t, 1, false)
-	b := l.lead()
-	m := five()
-	m.Members = m.Members[1:4]
-	l.step(Message{Kind: MsgHeartbeatAck, From: 4, Ballot: b, SentAt: l.r.lead.heartbeatAt, Granted: true})
-	if err := l.r.ProposeMembership(l.now, m); err != nil {
-		t.Fatal(err)
-	}
-	l.settle()
-	l.step(Message{Kind: MsgAccepted, From: 2, Ballot: b, Slots: []Slot{2}})
-	out := l.step(Message{Kind: MsgAccepted, From: 3, Ballot: b, Slots: []Slot{2}})
-	told := only(out, MsgHeartbeat)
-	if l.r.role != Follower || len(told) != 3 || told[0].Chosen != 2 {
-		t.Errorf("role %v, sends %+v", l.r.role, out)
-	}
-	for range 500 {
-		if out := only(l.pass(10*time.Millisecond), MsgPrepare); len(out) > 0 {
-			t.Fatal("a removed replica campaigns")
-		}
-	}
-}
-
 func TestWindowBoundsSlotsAndBytes(t *testing.T) {
 	l := newLab(t, 1, false)
 	l.lead()

@@ -6,7 +6,8 @@ package paxosgroup
 func (r *Replica) Status() Status {
 	s := Status{
 		ID: r.cfg.ID, Role: r.role, Leader: r.leader.Replica, Ballot: r.highest, Promised: r.promised,
-		Base: r.base.Slot, Chosen: r.chosen, Judge: r.judge, Membership: r.membership.normalized(), Void: r.void,
+		Base: r.base.Slot, Chosen: r.chosen, Judge: r.judge, Membership: r.membership, Void: r.void,
+		Durability: r.membership.Durability(), Contacts: r.contacts, Change: r.changeState(),
 	}
 	if r.role != Leader {
 		return s
@@ -33,11 +34,12 @@ type Brief struct {
 	Base   Slot
 	Epoch  uint64
 	Leased bool
+	Change Change
 }
 
 // Brief costs no allocation.
 func (r *Replica) Brief() Brief {
-	b := Brief{Role: r.role, Leader: r.leader.Replica, Ballot: r.highest, Term: r.judge.Term, Base: r.base.Slot, Epoch: r.membership.Epoch}
+	b := Brief{Role: r.role, Leader: r.leader.Replica, Ballot: r.highest, Term: r.judge.Term, Base: r.base.Slot, Epoch: r.membership.Epoch, Change: r.changeState()}
 	if r.role == Leader {
 		b.Leader, b.Ballot, b.Leased = r.cfg.ID, r.ballot, r.reportedLease() != 0
 	}
@@ -67,7 +69,7 @@ func (r *Replica) NextDeadline() Instant {
 		if r.lead.noticeAt != 0 {
 			next = min(next, r.lead.noticeAt)
 		}
-		if r.lead.next > r.chosen+1 || r.lead.transfer != nil || r.lead.membership != nil || !r.lead.phase1 {
+		if r.lead.next > r.chosen+1 || r.lead.transfer != nil || r.changeState() != ChangeNone || !r.lead.phase1 {
 			next = min(next, r.now.Add(r.cfg.TickInterval))
 		}
 	}

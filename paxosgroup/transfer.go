@@ -18,7 +18,7 @@ func (r *Replica) Transfer(now Instant, to ReplicaID) error {
 	if r.role != Leader {
 		return ErrNotLeader
 	}
-	m, ok := r.membership.Member(to)
+	m, ok := r.membership.Incoming().Member(to)
 	switch {
 	case to == r.cfg.ID:
 		return fmt.Errorf("transfer leadership: replica %d has it", to)
@@ -27,6 +27,7 @@ func (r *Replica) Transfer(now Instant, to ReplicaID) error {
 	case r.lead.transfer != nil:
 		return fmt.Errorf("transfer leadership: already on the way to replica %d", r.lead.transfer.to)
 	}
+	r.dropChange()
 	r.lead.transfer = &transfer{
 		to: to, notBefore: r.now.Add(2 * r.cfg.TickInterval), until: r.now.Add(2 * r.cfg.LeaseDuration),
 	}
@@ -42,9 +43,12 @@ func (r *Replica) tickTransfer() {
 	p := r.peer(t.to)
 	if p == nil || r.now >= t.until {
 		l.transfer = nil
+		if r.settled && !r.membership.Votes(r.cfg.ID) { // removed
+			r.stepDown()
+		}
 		return
 	}
-	drained := r.chosen+1 == l.next && l.membership == nil
+	drained := r.chosen+1 == l.next
 	if r.now < t.notBefore || !drained || max(p.acked, p.chosen) < r.chosen {
 		return
 	}

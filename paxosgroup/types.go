@@ -101,16 +101,28 @@ type Member struct {
 	Kind   MemberKind
 }
 
-// Membership is the configuration of a group at a slot. The configuration that
-// governs slot s is fixed by the chosen entries below s, and a leader proposes
-// nothing above an undecided configuration entry: so each slot has exactly one
-// configuration, whoever proposes in it.
+// Configuration is a set of members with the sizes of its quorums.
+type Configuration struct {
+	Members []Member
+	Phase1  int // voters needed in phase 1; 0 means a majority
+	Phase2  int // voters needed in phase 2; 0 means a majority
+}
+
+// Membership is what governs a slot: one configuration, or, while a change is
+// being made, two that must both agree. It is fixed by the chosen entries below
+// the slot: so each slot has exactly one, whoever proposes in it.
+//
+// Memberships handed out share their slices and are not to be changed in place.
 type Membership struct {
 	Epoch   uint64 // how many configuration entries led here; set by ProposeMembership
 	Members []Member
 	Phase1  int       // voters needed in phase 1; 0 means a majority
 	Phase2  int       // voters needed in phase 2; 0 means a majority
 	NextID  ReplicaID // the smallest id never used
+
+	// Outgoing is what Members, Phase1 and Phase2 are to replace: while it is
+	// there, every quorum is one of each. Set by ProposeMembership.
+	Outgoing *Configuration
 }
 
 // Judge is the state by which learners tell effective entries from void ones,
@@ -156,7 +168,7 @@ const (
 	RecordPromise RecordKind = 1 // Ballot was promised
 	RecordAccept  RecordKind = 2 // Entry was accepted in Slot at Ballot
 	RecordLearn   RecordKind = 3 // Entry is chosen in Slot (learned from a peer)
-	RecordChosen  RecordKind = 4 // every slot up to Slot is chosen and holds what was last accepted or learned there; needs no flush of its own
+	RecordChosen  RecordKind = 4 // every slot up to Slot is chosen and holds what was last accepted or learned there; needs no flush of its own but for Flush
 	RecordBase    RecordKind = 5 // the log starts anew at Base; everything before is dropped
 )
 
@@ -167,10 +179,11 @@ type Record struct {
 	Slot   Slot
 	Entry  Entry
 	Base   *Base
+	Flush  bool // of a RecordChosen: a message rests on it after all. Not stored
 }
 
 // NeedsFlush reports whether a message may rest on the record.
-func (r Record) NeedsFlush() bool { return r.Kind != RecordChosen }
+func (r Record) NeedsFlush() bool { return r.Kind != RecordChosen || r.Flush }
 
 // Restored is what the durable log gives back at start.
 type Restored struct {
@@ -298,8 +311,37 @@ type Status struct {
 	LastSlot   Slot // leader: highest slot proposed
 	Judge      Judge
 	Membership Membership
+	Change     Change
+	Durability int          // how many voters may be lost, with their disks, before an acknowledged entry is
+	Contacts   []Member     // whom to be connected with: members, those just removed, those about to be added
 	Peers      []PeerStatus // leader only
 	Void       uint64       // void entries delivered since start
+}
+
+// Change is how far a change of membership has come, as its leader sees it.
+// Other replicas know only whether the membership is joint.
+type Change uint8
+
+// The stages of a change.
+const (
+	ChangeNone      Change = 0 // every phase-1 quorum will find the membership: whom it left out may go
+	ChangeWaiting   Change = 1 // not proposed yet: it waits for the new voters, or is dropped
+	ChangeJoint     Change = 2 // the old and the new configuration must both agree
+	ChangeSpreading Change = 3 // the new configuration is in force; too few have it as chosen yet
+)
+
+func (c Change) String() string {
+	switch c {
+	case ChangeNone:
+		return "none"
+	case ChangeWaiting:
+		return "waiting"
+	case ChangeJoint:
+		return "joint"
+	case ChangeSpreading:
+		return "spreading"
+	}
+	return fmt.Sprintf("change(%d)", uint8(c))
 }
 
 // PeerStatus is what a leader knows of a follower.

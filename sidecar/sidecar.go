@@ -321,7 +321,7 @@ func followMembership(ctx context.Context, cfg *config.Config, group *runner.Gro
 		changed := group.StatusChanged()
 		members := map[paxosgroup.ReplicaID]string{}
 		st := group.Status()
-		for _, m := range st.Membership.Members {
+		for _, m := range st.Contacts {
 			if addr, ok := addresses[m.Region]; ok && m.ID != st.ID {
 				members[m.ID] = addr
 			}

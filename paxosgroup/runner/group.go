@@ -166,27 +166,37 @@ func (g *Group) Transfer(ctx context.Context, to paxosgroup.ReplicaID) error {
 	}
 }
 
-// ChangeMembership proposes m, whose epoch is set here, and returns when it is
-// in force, or says why it is not.
+// ChangeMembership makes m the membership, whose epoch is set here, and returns
+// when that is done: it is in force, enough of its voters have it on disk, and
+// those it leaves out are not needed any more. Or it says why it is not: a change
+// that was begun is then still finished by whoever leads, unless that is undone
+// (see the core's ProposeMembership).
 func (g *Group) ChangeMembership(ctx context.Context, m paxosgroup.Membership) error {
 	fail := func(err error) error { return fmt.Errorf("change membership of group %d: %w", g.id, err) }
 	var epoch uint64
 	err := g.runner.ask(ctx, func(now paxosgroup.Instant) error {
 		epoch = g.engine.core.Status().Membership.Epoch
-		return g.engine.ChangeMembership(now, m)
+		err := g.engine.ChangeMembership(now, m)
+		g.publish(now) // that a change is on its way is to be seen below
+		return err
 	})
 	if err != nil {
 		return fail(err)
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, 4*g.lease, errors.New("the new voters did not answer in time, or have yet to"))
+	ctx, cancel := context.WithTimeoutCause(ctx, 8*g.lease, errors.New("too few of the new voters have it yet; it goes on"))
 	defer cancel()
 	for {
 		changed := g.StatusChanged()
 		switch s := g.Status(); {
-		case s.Membership.Epoch > epoch:
-			return nil
+		case s.Role != paxosgroup.Leader && s.Membership.Epoch > epoch && !s.Membership.Joint() && !s.Membership.Votes(s.ID):
+			return nil // a leader that is left out leads until the change is done
 		case s.Role != paxosgroup.Leader:
 			return fail(&NotLeaderError{Leader: s.Leader, Ballot: s.Ballot})
+		case s.Change != paxosgroup.ChangeNone:
+		case s.Membership.Epoch > epoch:
+			return nil
+		default:
+			return fail(errors.New("the new voters did not answer in time, or have much to fetch"))
 		}
 		select {
 		case <-changed:

@@ -64,7 +64,5 @@
 //	ballot      counter (8), replica (4)
 //	string      length (2), bytes
 //	entry       kind (1), term (ballot), number (8), incarnation (8), region (string), payload (the rest)
-//	base        slot (8), judge, membership
-//	judge       term (ballot), region (string), incarnation (8), next (8)
-//	membership  epoch (8), phase 1 (2), phase 2 (2), next id (4), members (2), each: id (4), kind (1), region (string)
+//	base        as paxosgroup.EncodeBase has it (the rest)
 package slotlog

@@ -65,18 +65,14 @@ func TestRecordRoundTrips(t *testing.T) {
 }
 
 // TestEveryFieldIsKept fails when the core's types gain a field that the format
-// does not know.
+// does not know. (Flush is a wish, not a fact; a base is the core's to encode.)
 func TestEveryFieldIsKept(t *testing.T) {
 	for _, tc := range []struct {
 		value  any
 		fields []string
 	}{
-		{paxosgroup.Record{}, []string{"Kind", "Ballot", "Slot", "Entry", "Base"}},
+		{paxosgroup.Record{}, []string{"Kind", "Ballot", "Slot", "Entry", "Base", "Flush"}},
 		{paxosgroup.Entry{}, []string{"Kind", "Term", "Number", "Region", "Incarnation", "Payload"}},
-		{paxosgroup.Base{}, []string{"Slot", "Judge", "Membership"}},
-		{paxosgroup.Judge{}, []string{"Term", "Region", "Incarnation", "Next"}},
-		{paxosgroup.Membership{}, []string{"Epoch", "Members", "Phase1", "Phase2", "NextID"}},
-		{paxosgroup.Member{}, []string{"ID", "Region", "Kind"}},
 	} {
 		typ := reflect.TypeOf(tc.value)
 		var got []string

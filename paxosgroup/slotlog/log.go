@@ -293,7 +293,7 @@ func (l *Log) begin(size int) *batch {
 	next := &segment{sequence: l.segments[len(l.segments)-1].sequence + 1}
 	stateBytes := 0
 	for _, gr := range l.groups {
-		stateBytes += recordHeaderBytes + 20 + baseSizeMax(gr.state.base)
+		stateBytes += recordHeaderBytes + 20 + len(paxosgroup.EncodeBase(gr.state.base))
 	}
 	next.size = max(l.cfg.SegmentBytes, int64(segmentHeaderBytes+batchHeaderBytes+stateBytes+size+sealBytes+batchAlign))
 	l.segments = append(l.segments, next)

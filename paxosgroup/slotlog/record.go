@@ -90,15 +90,7 @@ func appendRecord(dst []byte, sequence uint64, offset int64, t recordType, g pax
 func bodySizeMax(r paxosgroup.Record) int {
 	n := 64 + len(r.Entry.Region) + len(r.Entry.Payload)
 	if r.Base != nil {
-		n += baseSizeMax(*r.Base)
-	}
-	return n
-}
-
-func baseSizeMax(b paxosgroup.Base) int {
-	n := 72 + len(b.Judge.Region)
-	for _, m := range b.Membership.Members {
-		n += 7 + len(m.Region)
+		n += len(paxosgroup.EncodeBase(*r.Base))
 	}
 	return n
 }
@@ -145,24 +137,10 @@ func appendEntry(dst []byte, e paxosgroup.Entry) []byte {
 	return append(dst, e.Payload...)
 }
 
+// appendBase writes a base as the core encodes it. It is the last field of its
+// record.
 func appendBase(dst []byte, b paxosgroup.Base) []byte {
-	dst = binary.LittleEndian.AppendUint64(dst, uint64(b.Slot))
-	dst = appendBallot(dst, b.Judge.Term)
-	dst = appendString(dst, b.Judge.Region)
-	dst = binary.LittleEndian.AppendUint64(dst, uint64(b.Judge.Incarnation))
-	dst = binary.LittleEndian.AppendUint64(dst, b.Judge.Next)
-	m := b.Membership
-	dst = binary.LittleEndian.AppendUint64(dst, m.Epoch)
-	dst = binary.LittleEndian.AppendUint16(dst, uint16(m.Phase1))
-	dst = binary.LittleEndian.AppendUint16(dst, uint16(m.Phase2))
-	dst = binary.LittleEndian.AppendUint32(dst, uint32(m.NextID))
-	dst = binary.LittleEndian.AppendUint16(dst, uint16(len(m.Members)))
-	for _, member := range m.Members {
-		dst = binary.LittleEndian.AppendUint32(dst, uint32(member.ID))
-		dst = append(dst, byte(member.Kind))
-		dst = appendString(dst, member.Region)
-	}
-	return dst
+	return append(dst, paxosgroup.EncodeBase(b)...)
 }
 
 // checkRecord refuses what the format has no room for, before any of a batch of
@@ -180,9 +158,8 @@ func checkRecord(r paxosgroup.Record) error {
 		if r.Base == nil {
 			return errors.New("base record without a base")
 		}
-		m := r.Base.Membership
-		if len(m.Members) > 0xffff || m.Phase1 < 0 || m.Phase1 > 0xffff || m.Phase2 < 0 || m.Phase2 > 0xffff {
-			return errors.New("base record: membership does not fit the log")
+		if _, err := paxosgroup.DecodeBase(paxosgroup.EncodeBase(*r.Base)); err != nil {
+			return fmt.Errorf("base record: %w", err)
 		}
 		return nil
 	}
@@ -297,23 +274,7 @@ func (d *decoder) entry() paxosgroup.Entry {
 }
 
 func (d *decoder) base() paxosgroup.Base {
-	b := paxosgroup.Base{Slot: paxosgroup.Slot(d.uint64())}
-	b.Judge.Term = d.ballot()
-	b.Judge.Region = d.string()
-	b.Judge.Incarnation = paxosgroup.Incarnation(d.uint64())
-	b.Judge.Next = d.uint64()
-	b.Membership.Epoch = d.uint64()
-	b.Membership.Phase1 = int(d.uint16())
-	b.Membership.Phase2 = int(d.uint16())
-	b.Membership.NextID = paxosgroup.ReplicaID(d.uint32())
-	n := int(d.uint16())
-	for range n {
-		if d.bad {
-			break
-		}
-		b.Membership.Members = append(b.Membership.Members, paxosgroup.Member{
-			ID: paxosgroup.ReplicaID(d.uint32()), Kind: paxosgroup.MemberKind(d.uint8()), Region: d.string(),
-		})
-	}
+	b, err := paxosgroup.DecodeBase(d.take(len(d.b)))
+	d.bad = d.bad || err != nil
 	return b
 }

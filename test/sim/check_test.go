@@ -81,7 +81,7 @@ func (c *checker) first(n *node, d paxosgroup.Delivered) {
 	if d.Entry.Kind == paxosgroup.KindOpening && d.Verdict == paxosgroup.Effective {
 		c.terms++
 	}
-	if m, err := paxosgroup.DecodeMembership(d.Entry.Payload); d.Entry.Kind == paxosgroup.KindConfig && err == nil && m.Epoch == c.membership.Epoch+1 {
+	if m, ok := c.membership.Next(d.Entry); ok {
 		c.membership = m
 		c.changes++
 	}
@@ -98,18 +98,11 @@ func (c *checker) first(n *node, d paxosgroup.Delivered) {
 // durable looks for a ballot at which a quorum of the slot's membership has
 // flushed the entry.
 func (c *checker) durable(d paxosgroup.Delivered) bool {
-	_, phase2 := c.membership.Quorums()
 	for v, by := range c.votes {
-		if v.slot != d.Slot {
-			continue
-		}
-		n := 0
-		for id, e := range by {
-			if m, ok := c.membership.Member(id); ok && m.Kind != paxosgroup.Learner && sameEntry(e, d.Entry) {
-				n++
-			}
-		}
-		if n >= phase2 {
+		if v.slot == d.Slot && c.membership.HasPhase2(func(id paxosgroup.ReplicaID) bool {
+			e, ok := by[id]
+			return ok && sameEntry(e, d.Entry)
+		}) {
 			return true
 		}
 	}

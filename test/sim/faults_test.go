@@ -182,29 +182,27 @@ func (c *chaos) replace() bool {
 	change := m
 	change.Members = append([]paxosgroup.Member(nil), m.Members...)
 	switch x, ok := m.Member(c.fresh); {
-	case !ok:
+	case m.Joint() && w.rng.IntN(4) == 0: // take it back, or ask for what is under way
+		change = paxosgroup.Membership{Members: m.Outgoing.Members, Phase1: m.Outgoing.Phase1, Phase2: m.Outgoing.Phase2, NextID: m.NextID}
+	case m.Joint():
+		return false
+	case !ok && w.rng.IntN(2) == 0:
 		change.Members = append(change.Members, paxosgroup.Member{ID: c.fresh, Region: c.region, Kind: paxosgroup.Learner})
 		change.NextID = max(change.NextID, c.fresh+1)
-	case x.Kind == paxosgroup.Learner:
+	case !ok || x.Kind == paxosgroup.Learner:
 		change.Members = nil
 		for _, y := range m.Members {
-			if y.ID == c.fresh {
-				y.Kind = paxosgroup.Voter
-			}
-			if y.ID != c.old {
+			if y.ID != c.old && y.ID != c.fresh {
 				change.Members = append(change.Members, y)
 			}
 		}
+		change.Members = append(change.Members, paxosgroup.Member{ID: c.fresh, Region: c.region, Kind: paxosgroup.Voter})
+		change.NextID = max(change.NextID, c.fresh+1)
+		n := change.Voters()
+		change.Phase2 = 2 + w.rng.IntN(n-2) // of any sizes that leave both phases possible with one lost
+		change.Phase1 = n + 1 - change.Phase2
 	default:
-		// Only when a quorum of the new members knows of the change can the
-		// next one be lost: until then the old members are needed to find it.
-		known := 0
-		for _, y := range m.Members {
-			if n := w.node(y.ID); n.core != nil && y.Kind != paxosgroup.Learner && n.core.Status().Membership.Epoch >= m.Epoch {
-				known++
-			}
-		}
-		if known <= m.Voters()/2 {
+		if l.core.Status().Change != paxosgroup.ChangeNone {
 			return false
 		}
 		c.replacing = false
