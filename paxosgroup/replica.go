@@ -433,6 +433,20 @@ func (r *Replica) Restart(now Instant, b Base) {
 	r.learnCommitted()
 }
 
+// Truncate makes the log start at b, which is what judge and membership were at
+// its slot: the entries up to there are chosen, and are no longer needed here.
+// Nothing else changes. A base that is not above the present one, or above the
+// chosen prefix, changes nothing at all.
+func (r *Replica) Truncate(now Instant, b Base) {
+	r.clock(now)
+	if b.Slot <= r.base.Slot || b.Slot > r.chosen {
+		return
+	}
+	b.Membership = b.Membership.normalized()
+	r.base = b
+	r.persist(Record{Kind: RecordBase, Slot: b.Slot, Base: &b})
+}
+
 // slots returns the slots above the chosen prefix that hold an entry, ascending.
 func (r *Replica) slots() []Slot {
 	out := make([]Slot, 0, len(r.log))
