@@ -83,6 +83,7 @@ func (r *Replica) onHeartbeatAck(m Message) {
 	}
 	p.leaseSentAt = max(p.leaseSentAt, m.SentAt)
 	r.noteAcked(p, min(m.Chosen, r.lead.next-1))
+	r.noteCaughtUp(p)
 	r.tryChange()
 }
 

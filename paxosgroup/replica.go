@@ -30,7 +30,6 @@ type slotState struct {
 	ballot Ballot
 	entry  Entry
 	acks   uint64 // bits of who has accepted, by bitTable
-	sentAt Instant
 }
 
 // ownRecord is a promise (slot 0) or acceptance by this very replica that
@@ -147,6 +146,7 @@ func New(cfg Config, st Restored, store Storage, now Instant) (*Replica, error) 
 	if cfg.RestartedWithState || !st.Promised.IsZero() || st.Chosen > 0 || len(st.Accepted) > 0 {
 		r.restartUntil = now.Add(cfg.LeaseDuration)
 	}
+	r.fetch.bytesMax = fetchBytesFirst
 	r.probeAt = now.Add(r.random(cfg.ElectionTimeoutMin))
 	r.resetElection()
 	return r, nil
@@ -421,7 +421,7 @@ func (r *Replica) Restart(now Instant, b Base) {
 	r.base, r.chosen, r.judge = b, b.Slot, b.Judge
 	r.setMembership(b.Membership, b.Slot)
 	r.recordedChosen, r.configFlushed = r.chosen, b.Slot
-	r.fetch = fetchState{known: r.fetch.known, from: r.fetch.from}
+	r.fetch = fetchState{known: r.fetch.known, from: r.fetch.from, bytesMax: r.fetch.bytesMax}
 	r.persist(Record{Kind: RecordBase, Slot: b.Slot, Base: &b})
 	// The promise and what is accepted above the image outlive the old log.
 	if !r.promised.IsZero() {
