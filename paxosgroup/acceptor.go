@@ -10,6 +10,7 @@ func (r *Replica) raisePromise(b Ballot) {
 	if r.stage != idle && b != r.ballot && (r.stage == asking || r.ballot.Less(b)) {
 		r.stepDown()
 	}
+	r.unregister() // of the leadership promised before
 	r.promised = b
 	if r.highest.Less(b) {
 		r.highest = b
@@ -26,11 +27,11 @@ func (r *Replica) onPrepare(m Message) {
 		return
 	}
 	r.raisePromise(m.Ballot)
-	r.hush(m.From)
+	r.hush(m.From, r.now)
 	if r.leader != m.Ballot {
 		r.leader = Ballot{}
 	}
-	r.resetElection()
+	r.resetElection(r.now)
 	out := Message{Kind: MsgPromise, To: m.From, Ballot: m.Ballot, Chosen: r.chosen, Applied: r.applied, SentAt: m.SentAt}
 	for _, s := range r.slots() {
 		out.Accepted = append(out.Accepted, AcceptedEntry{Slot: s, Ballot: r.log[s].ballot, Entry: r.log[s].entry})
@@ -56,10 +57,10 @@ func (r *Replica) onAccept(m Message) {
 		}
 	}
 	r.noteCommit(m.Ballot, m.Chosen)
-	r.acknowledge(m, acked)
+	if len(acked) > 0 {
+		r.acknowledge(m, acked)
+	}
 }
-
-const acceptWindows = 8 // of slots, above the chosen prefix
 
 // accept takes an entry into its slot, and reports whether this replica may say
 // that it has. A chosen slot holds the only value that any later ballot can
@@ -73,10 +74,9 @@ func (r *Replica) accept(b Ballot, e SlotEntry) bool {
 		return true
 	}
 	// A replica far behind would keep all the present in memory while it reads
-	// up the past; beyond this it only learns. In slots that is far, or one over a
-	// long link would never catch up with a busy leader. What it holds already, and the slot
+	// up the past; beyond this it only learns. What it holds already, and the slot
 	// that everything waits for, it takes whatever their size.
-	if e.Slot > r.chosen+Slot(acceptWindows*r.cfg.WindowSlotsMax) || e.Slot > r.chosen+1 && r.log[e.Slot] == nil && r.logBytes > 2*r.cfg.WindowBytesMax {
+	if e.Slot > r.chosen+Slot(2*r.cfg.WindowSlotsMax) || e.Slot > r.chosen+1 && r.log[e.Slot] == nil && r.logBytes > 2*r.cfg.WindowBytesMax {
 		return false
 	}
 	invariant(!b.Less(r.promised), "slot %d accepted at %v below promise %v", e.Slot, b, r.promised)
@@ -85,33 +85,38 @@ func (r *Replica) accept(b Ballot, e SlotEntry) bool {
 	return true
 }
 
-// acknowledge answers when it is durable, also that nothing could be taken;
-// answers that wait for one flush go as one.
+// acknowledge answers when it is durable; answers that wait for one flush go as
+// one.
 func (r *Replica) acknowledge(m Message, acked []Slot) {
 	for i := range r.pending.AfterSync {
 		o := &r.pending.AfterSync[i]
 		if o.Kind == MsgAccepted && o.To == m.From && o.Ballot == m.Ballot {
 			o.Slots = append(o.Slots, acked...)
-			o.Chosen, o.SentAt = r.chosen, max(o.SentAt, m.SentAt)
-			o.Granted = o.Granted && len(acked) == len(m.Entries)
+			o.Chosen = r.chosen
 			return
 		}
 	}
-	r.sendAfterSync(Message{
-		Kind: MsgAccepted, To: m.From, Ballot: m.Ballot, Slots: acked, Chosen: r.chosen, Applied: r.applied,
-		SentAt: m.SentAt, Granted: len(acked) == len(m.Entries),
-	})
+	r.sendAfterSync(Message{Kind: MsgAccepted, To: m.From, Ballot: m.Ballot, Slots: acked, Chosen: r.chosen, Applied: r.applied})
 }
 
 // follow takes note of a leader at or above the promised ballot.
 func (r *Replica) follow(m Message) {
 	if r.stage == asking {
+		r.stepDown()
+	}
+	r.raisePromise(m.Ballot)
+	r.heardLeader(m.Ballot, r.now)
+	r.resetElection(r.now)
+}
+
+// heardLeader takes note that the leader of b, which is promised, was alive.
+func (r *Replica) heardLeader(b Ballot, at Instant) {
+	if r.stage == asking {
 		// The leader is there after all. It is granted a lease next, and a
 		// candidacy that went on would break it.
 		r.stepDown()
 	}
-	r.raisePromise(m.Ballot)
-	r.leader, r.leaderHeard = m.Ballot, r.now
-	r.hush(m.From)
-	r.resetElection()
+	r.noteTenure(b)
+	r.leader, r.leaderHeard = b, max(r.leaderHeard, at)
+	r.hush(b.Replica, at)
 }

@@ -58,12 +58,12 @@ func (r *Replica) random(d time.Duration) time.Duration {
 	return time.Duration(r.rng.Int64N(int64(d) + 1))
 }
 
-// resetElection waits for a whole timeout, and in any case until the lease that
+// resetElection waits for a whole timeout from when a leader was heard of, and in any case until the lease that
 // this replica honours has run out, after which every voter would start at
 // once, were it not for chance.
-func (r *Replica) resetElection() {
+func (r *Replica) resetElection(from Instant) {
 	t := r.electionTimeout()
-	r.electionAt = max(r.now.Add(t+r.random(t)), r.leaseHonouredUntil().Add(r.random(t)))
+	r.electionAt = max(from.Add(t+r.random(t)), r.leaseHonouredUntil().Add(r.random(t)))
 	r.deferToPreferred(t)
 }
 
@@ -89,7 +89,7 @@ func (r *Replica) canCampaign() bool {
 func (r *Replica) onElectionTimeout() {
 	r.leader = Ballot{}
 	if !r.canCampaign() || r.now < r.leaseHonouredUntil() {
-		r.resetElection()
+		r.resetElection(r.now)
 		return
 	}
 	r.startPreVote()
@@ -159,9 +159,9 @@ func (r *Replica) tickCandidate() {
 
 // tickProbe measures the round trips that election timeouts are made of, by a
 // pre-vote for a ballot that nobody needs to grant. A follower sends nothing
-// else that is answered.
+// else that is answered; beats measure for all groups.
 func (r *Replica) tickProbe() {
-	if r.now < r.probeAt || r.self < 0 {
+	if r.now < r.probeAt || r.self < 0 || r.cfg.Beats != nil {
 		return
 	}
 	r.probeAt = r.now.Add(probeInterval/2 + r.random(probeInterval))
@@ -209,8 +209,8 @@ func (r *Replica) stranger(m Message) bool {
 }
 
 // hush refuses pre-votes of all but id for a while.
-func (r *Replica) hush(id ReplicaID) {
-	r.quietFor, r.quietUntil = id, r.now.Add(r.electionTimeout())
+func (r *Replica) hush(id ReplicaID, from Instant) {
+	r.quietFor, r.quietUntil = id, max(r.now, from.Add(r.electionTimeout()))
 }
 
 func (r *Replica) onPreVoteReply(m Message) {
@@ -324,6 +324,9 @@ func (r *Replica) onReject(m Message) {
 // stepDown ends a candidacy or leadership. A lease that was in use is given
 // back a little later, when nobody can still act on a Status of before.
 func (r *Replica) stepDown() {
+	for _, p := range r.peers {
+		r.unshare(p)
+	}
 	if r.stage == proposing {
 		r.released, r.releasedAsOf = r.ballot, r.chosen
 		r.releaseAt = r.now.Add(2 * r.cfg.TickInterval)
@@ -335,7 +338,8 @@ func (r *Replica) stepDown() {
 	if wanted {
 		r.connect()
 	}
-	r.resetElection()
+	r.rerouteReads()
+	r.resetElection(r.now)
 }
 
 // measure keeps a moving average of the round trip that an echo tells. It falls
@@ -345,13 +349,16 @@ func (r *Replica) measure(m Message) {
 	if p == nil || m.SentAt <= 0 || m.SentAt > r.now {
 		return
 	}
-	rtt := max(r.now.Sub(m.SentAt), 1)
+	p.rtt = averageRoundTrip(p.rtt, r.now.Sub(m.SentAt))
+}
+
+func averageRoundTrip(before, now time.Duration) time.Duration {
+	now = max(now, 1)
 	switch {
-	case p.rtt == 0:
-		p.rtt = rtt
-	case rtt < p.rtt:
-		p.rtt -= (p.rtt - rtt) / 2
-	default:
-		p.rtt += (rtt - p.rtt) / 8
+	case before == 0:
+		return now
+	case now < before:
+		return before - (before-now)/2
 	}
+	return before + (now-before)/8
 }

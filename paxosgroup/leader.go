@@ -19,16 +19,21 @@ type leadership struct {
 	opened      bool // the own opening is proposed
 	incarnation Incarnation
 	windowBytes int
-	inheritedAt Slot    // of an undecided configuration entry of another leadership; 0 if none
+	inheritedAt Slot // of an undecided configuration entry of another leadership; 0 if none
+	outbox      []Slot
 	since       Instant // this leadership, or the membership in force
 	lapsesAt    Instant // not before then, as last looked at
 	heartbeatAt Instant // last one sent
+	confirmAt   Instant // last one sent to all for the sake of reads
 	noticeAt    Instant // when the chosen slot is to be made known; 0 if it is
 	noticedAt   Instant
 
-	change   *change // under way and not chosen yet
-	revert   bool    // the joint configuration is to be left the way it was entered
-	transfer *transfer
+	change           *change // under way and not chosen yet
+	revert           bool    // the joint configuration is to be left the way it was entered
+	transfer         *transfer
+	bytesUpTo        uint64   // payload bytes proposed in this leadership
+	bytesUpToOf      []uint64 // the same as of slot, by slot modulo its length
+	bytesUpToOfStart Slot
 }
 
 // peer is what this replica knows of another member.
@@ -37,14 +42,18 @@ type peer struct {
 	index           int // of its bit in acks, as long as it is a peer
 	chosen, applied Slot
 	lastHeard       Instant
+	movedAt         Instant // chosen or applied
 	rtt             time.Duration
 
 	// As a leader's follower, since this leadership began.
-	leaseSentAt Instant // greatest of our sending times it answered with a grant
-	preparedAt  Instant
-	chosenSent  Slot
-	acked       Slot // highest
-	flow        flow
+	leaseSentAt  Instant // greatest of our sending times it answered with a grant
+	toldAt       Instant // last heartbeat that asked for a grant
+	shares       bool    // asked to let beats stand for heartbeats
+	covering     covering
+	preparedAt   Instant
+	chosenSent   Slot
+	sent, acked  Slot // highest
+	retransmitAt Instant
 }
 
 const (
@@ -68,14 +77,15 @@ func (r *Replica) peer(id ReplicaID) *peer {
 func (r *Replica) beginLeading() {
 	l := &r.lead
 	l.since, l.next = r.now, r.chosen+1
+	l.bytesUpToOf, l.bytesUpToOfStart = make([]uint64, 4*r.cfg.WindowSlotsMax), l.next
 	for _, a := range r.slots() { // the own promise
 		if st := r.log[a]; st.ballot.Less(r.ballot) {
 			r.recover(AcceptedEntry{Slot: a, Ballot: st.ballot, Entry: st.entry})
 		}
 	}
 	for _, p := range r.peers {
-		p.leaseSentAt, p.chosenSent, p.acked = 0, 0, r.chosen
-		p.flow.begin(l.next)
+		p.toldAt, p.covering = 0, covering{}
+		p.leaseSentAt, p.chosenSent, p.sent, p.acked, p.retransmitAt = 0, 0, r.chosen, r.chosen, 0
 	}
 	r.heartbeat()
 }
@@ -109,6 +119,7 @@ func (r *Replica) pump() {
 		case !l.opened:
 			r.role, l.opened, l.incarnation = Leader, true, r.incarnation
 			r.candidacy.failures = 0
+			r.noteTenure(r.ballot)
 			r.propose(Entry{Kind: KindOpening, Term: r.ballot, Region: r.cfg.Region, Incarnation: r.incarnation})
 		default:
 			return
@@ -124,9 +135,12 @@ func (r *Replica) propose(e Entry) {
 	r.mayPropose(s)
 	l.next++
 	l.windowBytes += len(e.Payload)
-	r.put(s, &slotState{ballot: r.ballot, entry: e})
+	l.bytesUpTo += uint64(len(e.Payload))
+	l.bytesUpToOf[s%Slot(len(l.bytesUpToOf))] = l.bytesUpTo
+	r.put(s, &slotState{ballot: r.ballot, entry: e, sentAt: r.now})
 	r.persist(Record{Kind: RecordAccept, Ballot: r.ballot, Slot: s, Entry: e})
 	r.countWhenFlushed(r.ballot, s)
+	l.outbox = append(l.outbox, s)
 }
 
 // Propose hands in the next data entry of this leader's term. ErrWindowFull
@@ -153,7 +167,7 @@ func (r *Replica) onAccepted(m Message) {
 	if p == nil {
 		return
 	}
-	p.chosen, p.applied = max(p.chosen, m.Chosen), max(p.applied, m.Applied)
+	r.noteProgress(p, m.Chosen, max(p.applied, m.Applied))
 	if r.stage != proposing || m.Ballot != r.ballot {
 		return
 	}
@@ -166,9 +180,14 @@ func (r *Replica) onAccepted(m Message) {
 			st.acks |= 1 << p.index
 		}
 	}
-	r.noteAnswer(p, m)
 	r.advance()
 	r.tryChange()
+}
+
+func (r *Replica) noteProgress(p *peer, chosen, applied Slot) {
+	if chosen > p.chosen || applied != p.applied {
+		p.chosen, p.applied, p.movedAt = max(p.chosen, chosen), applied, r.now
+	}
 }
 
 func (r *Replica) noteAcked(p *peer, s Slot) {
@@ -257,31 +276,101 @@ func (r *Replica) sendChosen() {
 	}
 	l.noticeAt, l.noticedAt = 0, r.now
 	for _, p := range r.peers {
-		// One that cannot keep up hears it with the next heartbeat.
-		if slots, _ := r.room(p); p.chosenSent < r.chosen && slots > 0 {
+		if p.chosenSent < r.chosen {
 			p.chosenSent = r.chosen
 			r.send(Message{Kind: MsgHeartbeat, To: p.id, Ballot: r.ballot, Chosen: r.chosen})
 		}
 	}
 }
 
-func (r *Replica) heartbeat() {
+// sendAccepts sends the slots proposed since the last Ready, each peer's in
+// messages of bounded size that share their entries.
+func (r *Replica) sendAccepts() {
 	l := &r.lead
-	l.heartbeatAt = r.now
+	for len(l.outbox) > 0 {
+		var chunk []SlotEntry
+		size, n := 0, 0
+		for n < len(l.outbox) && n < acceptSlotsMax && size < acceptBytesMax {
+			if st := r.log[l.outbox[n]]; st != nil && st.ballot == r.ballot {
+				chunk = append(chunk, SlotEntry{Slot: l.outbox[n], Entry: st.entry})
+				size += len(st.entry.Payload)
+			}
+			n++
+		}
+		l.outbox = l.outbox[n:]
+		if len(chunk) == 0 {
+			continue
+		}
+		for _, p := range r.peers {
+			if r.roomFor(p) {
+				r.sendAccept(p, chunk)
+			}
+		}
+	}
+	l.outbox = nil
+}
+
+func (r *Replica) sendAccept(p *peer, chunk []SlotEntry) {
+	r.mayPropose(chunk[len(chunk)-1].Slot)
+	last := chunk[len(chunk)-1].Slot
+	p.sent = max(p.sent, last)
+	p.chosenSent = max(p.chosenSent, r.chosen)
+	r.send(Message{Kind: MsgAccept, To: p.id, Ballot: r.ballot, Chosen: r.chosen, Entries: chunk})
+}
+
+// roomFor reports whether a peer's own window is open. One that is slow or gone
+// stops being sent to, and catches up by fetching; it stalls nobody.
+func (r *Replica) roomFor(p *peer) bool {
+	if p.sent <= p.acked {
+		return true
+	}
+	if p.sent-p.acked > Slot(2*r.cfg.WindowSlotsMax) {
+		return false
+	}
+	return r.bytesUpTo(p.sent) <= r.bytesUpTo(p.acked)+uint64(2*r.cfg.WindowBytesMax)
+}
+
+// bytesUpTo returns how many payload bytes this leadership proposed up to s.
+func (r *Replica) bytesUpTo(s Slot) uint64 {
+	l := &r.lead
+	n := Slot(len(l.bytesUpToOf))
+	if s < l.bytesUpToOfStart || s+n < l.next {
+		return 0
+	}
+	return l.bytesUpToOf[s%n]
+}
+
+// heartbeat asks all for a grant.
+func (r *Replica) heartbeat() {
 	r.grant(r.ballot)
 	for _, p := range r.peers {
-		p.chosenSent = max(p.chosenSent, r.chosen)
-		r.send(Message{Kind: MsgHeartbeat, To: p.id, Ballot: r.ballot, Chosen: r.chosen, SentAt: r.now})
+		r.sendHeartbeat(p)
+	}
+}
+
+func (r *Replica) sendHeartbeat(p *peer) {
+	p.toldAt, r.lead.heartbeatAt = r.now, r.now
+	p.chosenSent = max(p.chosenSent, r.chosen)
+	m := Message{Kind: MsgHeartbeat, To: p.id, Ballot: r.ballot, Chosen: r.chosen, SentAt: r.now}
+	r.share(p, &m)
+	r.send(m)
+}
+
+// sendHeartbeats asks those for a grant whom it is time to ask.
+func (r *Replica) sendHeartbeats() {
+	leased := r.leaseUntil(&r.quorums) > r.now.Add(r.cfg.LeaseDuration/2)
+	for _, p := range r.peers {
+		if due, ok := r.heartbeatDue(p, leased); ok && r.now >= due {
+			r.sendHeartbeat(p)
+		}
 	}
 }
 
 func (r *Replica) tickLeader() {
 	l := &r.lead
-	if r.now >= l.heartbeatAt.Add(r.cfg.HeartbeatInterval) {
-		r.heartbeat()
-	}
+	r.sendHeartbeats()
 	for _, p := range r.peers {
-		r.tickFlow(p)
+		r.retransmit(p)
 	}
 	if !l.phase1 || l.change != nil && l.change.at == 0 {
 		for _, p := range r.peers {
@@ -291,6 +380,7 @@ func (r *Replica) tickLeader() {
 		}
 	}
 	r.tryChange()
+	r.tickHandBack()
 	r.tickTransfer()
 }
 
@@ -325,4 +415,31 @@ func (r *Replica) retransmitTimeout(p *peer) time.Duration {
 		return retransmitUnknown
 	}
 	return min(2*p.rtt+retransmitMin, r.cfg.LeaseDuration)
+}
+
+// retransmit sends again the oldest undecided slots that p has not acknowledged
+// in time, if p is there at all.
+func (r *Replica) retransmit(p *peer) {
+	l := &r.lead
+	timeout := r.retransmitTimeout(p)
+	if r.now < p.retransmitAt || p.lastHeard.Add(3*r.cfg.HeartbeatInterval+timeout) < r.now {
+		return
+	}
+	var chunk []SlotEntry
+	size := 0
+	for s := r.chosen + 1; s < l.next && len(chunk) < acceptSlotsMax && size < acceptBytesMax; s++ {
+		st := r.log[s]
+		if st == nil || st.ballot != r.ballot || st.acks&(1<<p.index) != 0 {
+			continue
+		}
+		if st.sentAt.Add(timeout) > r.now {
+			break // and so is everything after it
+		}
+		chunk = append(chunk, SlotEntry{Slot: s, Entry: st.entry})
+		size += len(st.entry.Payload)
+	}
+	if len(chunk) > 0 {
+		p.retransmitAt = r.now.Add(timeout)
+		r.sendAccept(p, chunk)
+	}
 }

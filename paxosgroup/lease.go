@@ -42,21 +42,32 @@ func (r *Replica) onHeartbeat(m Message) {
 	r.follow(m)
 	if m.SentAt != 0 {
 		r.grant(m.Ballot)
-		r.resetElection()
+		r.resetElection(r.now)
 	}
 	r.noteCommit(m.Ballot, m.Chosen)
-	if m.SentAt != 0 {
-		// After a flush, for a restart must not find a promise below a leader
-		// that counts on this grant.
-		r.sendAfterSync(Message{
-			Kind: MsgHeartbeatAck, To: m.From, Ballot: m.Ballot, Chosen: r.chosen, Applied: r.applied,
-			SentAt: m.SentAt, Granted: true,
-		})
+	if m.SentAt == 0 {
+		return
 	}
+	out := Message{
+		Kind: MsgHeartbeatAck, To: m.From, Ballot: m.Ballot, Chosen: r.chosen, Applied: r.applied,
+		SentAt: m.SentAt, Granted: true,
+	}
+	if b := r.cfg.Beats; b != nil && m.Shared && m.Life != 0 {
+		if generation, ok := b.register(m.From, m.Life, m.Generation); ok {
+			r.registered = registration{with: m.From, generation: generation, seen: r.now}
+			out.Shared, out.Life, out.Generation = true, b.life, generation
+		}
+	}
+	// After a flush, for a restart must not find a promise below a leader
+	// that counts on this grant.
+	r.sendAfterSync(out)
 }
 
 // onRelease forgets the lease of a leadership that is over.
 func (r *Replica) onRelease(m Message) {
+	if r.grantedTo == m.Ballot {
+		r.unregister() // or other groups' beats would grant it anew
+	}
 	if r.grantedTo == m.Ballot && r.now < r.grantedUntil {
 		r.grantedUntil = r.now
 		if r.leader == m.Ballot || r.leader.IsZero() {
@@ -77,26 +88,39 @@ func (r *Replica) onHeartbeatAck(m Message) {
 	if p == nil {
 		return
 	}
-	p.chosen, p.applied = max(p.chosen, m.Chosen), m.Applied
+	r.noteProgress(p, m.Chosen, m.Applied)
 	if r.stage != proposing || m.Ballot != r.ballot || !m.Granted {
 		return
 	}
 	p.leaseSentAt = max(p.leaseSentAt, m.SentAt)
+	r.cover(p, m)
 	r.noteAcked(p, min(m.Chosen, r.lead.next-1))
-	r.noteCaughtUp(p)
 	r.tryChange()
+	r.serveReads()
 }
 
-// leaseUntil is until when this leader may rely on its lease under q: the
-// grants of a phase-2 quorum of every configuration, because that meets every
-// phase-1 quorum. Zero if there is none.
+// leaseUntil is until when this leader may rely on its lease under q. Zero if
+// there is none.
 func (r *Replica) leaseUntil(q *quorums) Instant {
-	until := Instant(0)
+	at := r.confirmedAt(q)
+	if at == 0 {
+		return 0
+	}
+	return at.Add(r.cfg.leaderLease())
+}
+
+// confirmedAt is the latest instant such that a quorum has answered a heartbeat
+// sent then or later, at this leader's ballot and with a grant: a phase-2 quorum
+// of every configuration of q, because that meets every phase-1 quorum. The
+// leader's own acceptor answers, and grants, at every moment. Zero if there is
+// none.
+func (r *Replica) confirmedAt(q *quorums) Instant {
+	confirmed := Instant(0)
 	for i, side := range q.sides[:q.n] {
 		var sent [membersMax]Instant
 		n := 0
 		if side.voters&1 != 0 { // this replica's bit
-			sent[n] = r.lead.heartbeatAt
+			sent[n] = r.now
 			n++
 		}
 		for _, p := range r.peers {
@@ -109,11 +133,11 @@ func (r *Replica) leaseUntil(q *quorums) Instant {
 		if n < side.phase2 || sent[n-side.phase2] == 0 {
 			return 0
 		}
-		if at := sent[n-side.phase2].Add(r.cfg.leaderLease()); i == 0 || at < until {
-			until = at
+		if at := sent[n-side.phase2]; i == 0 || at < confirmed {
+			confirmed = at
 		}
 	}
-	return until
+	return confirmed
 }
 
 // reportedLease is what Status shows: nothing before the leader has opened its

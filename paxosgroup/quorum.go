@@ -176,6 +176,14 @@ func (r *Replica) connect() {
 			}
 		}
 		r.peers = append(r.peers, p)
+		if r.cfg.Beats != nil {
+			r.cfg.Beats.link(p.id)
+		}
+	}
+	for _, p := range old {
+		if !slices.Contains(r.peers, p) {
+			r.unshare(p)
+		}
 	}
 	slices.SortFunc(r.peers, func(a, b *peer) int { return int(int64(a.id) - int64(b.id)) })
 	r.quorums = r.quorumsOf(r.membership)

@@ -30,6 +30,7 @@ type slotState struct {
 	ballot Ballot
 	entry  Entry
 	acks   uint64 // bits of who has accepted, by bitTable
+	sentAt Instant
 }
 
 // ownRecord is a promise (slot 0) or acceptance by this very replica that
@@ -76,6 +77,8 @@ type Replica struct {
 	// Lease as a grantor.
 	grantedTo    Ballot
 	grantedUntil Instant
+	registered   registration
+	absorbed     uint64  // of the changes of Beats
 	restartUntil Instant // until when an earlier life may have granted one
 
 	// Elections.
@@ -98,6 +101,9 @@ type Replica struct {
 	candidacy    candidacy
 	lead         leadership
 	peers        []*peer // members but this one, by id
+	reads        []read  // that wait, in order of asking
+	forwarded    forwarding
+	handBack     handBack
 
 	// What is owed to the caller.
 	seq            uint64
@@ -146,9 +152,8 @@ func New(cfg Config, st Restored, store Storage, now Instant) (*Replica, error) 
 	if cfg.RestartedWithState || !st.Promised.IsZero() || st.Chosen > 0 || len(st.Accepted) > 0 {
 		r.restartUntil = now.Add(cfg.LeaseDuration)
 	}
-	r.fetch.bytesMax = fetchBytesFirst
 	r.probeAt = now.Add(r.random(cfg.ElectionTimeoutMin))
-	r.resetElection()
+	r.resetElection(now)
 	return r, nil
 }
 
@@ -236,6 +241,10 @@ func (r *Replica) Step(now Instant, m Message) error {
 		r.onTimeoutNow(m)
 	case MsgNeedSnapshot:
 		r.onNeedSnapshot(m)
+	case MsgReadIndex:
+		r.onReadIndex(m)
+	case MsgReadIndexReply:
+		r.onReadIndexReply(m)
 	}
 	return nil
 }
@@ -253,7 +262,7 @@ func (r *Replica) check(m Message) error {
 		if m.Ballot.Counter == 0 || m.Ballot.Replica != m.From {
 			return bad("ballot %v is not the sender's", m.Ballot)
 		}
-	case MsgPreVoteReply, MsgPromise, MsgAccepted, MsgReject, MsgHeartbeatAck, MsgFetch, MsgLearn, MsgNeedSnapshot:
+	case MsgPreVoteReply, MsgPromise, MsgAccepted, MsgReject, MsgHeartbeatAck, MsgFetch, MsgLearn, MsgNeedSnapshot, MsgReadIndex, MsgReadIndexReply:
 	default:
 		return bad("unknown")
 	}
@@ -292,14 +301,22 @@ func (r *Replica) Tick(now Instant) {
 		}
 	}
 	r.tickFetch()
+	r.serveReads()
 }
 
-// clock never lets time step back. Whatever comes next, a leadership that has
-// outlived its lease has no part in it.
+// clock never lets time step back. It takes in what beats did since the last
+// call before anything else happens; and whatever comes next, a leadership that
+// has outlived its lease has no part in it.
 func (r *Replica) clock(now Instant) {
 	r.now = max(r.now, now)
-	if r.stage == proposing && r.lapsed() {
+	r.absorb()
+	if r.stage != proposing {
+		return
+	}
+	if r.lapsed() {
 		r.stepDown()
+	} else {
+		r.grant(r.ballot)
 	}
 }
 
@@ -323,7 +340,7 @@ func (r *Replica) Ready() (Ready, bool) {
 		r.pending.Persist = append(r.pending.Persist, rec)
 	}
 	p := &r.pending
-	if len(p.Send) == 0 && len(p.Persist) == 0 && len(p.AfterSync) == 0 && len(p.Delivered) == 0 && !p.Snapshot {
+	if len(p.Send) == 0 && len(p.Persist) == 0 && len(p.AfterSync) == 0 && len(p.Delivered) == 0 && len(p.Reads) == 0 && !p.Snapshot {
 		return Ready{}, false
 	}
 	r.seq++
@@ -421,7 +438,7 @@ func (r *Replica) Restart(now Instant, b Base) {
 	r.base, r.chosen, r.judge = b, b.Slot, b.Judge
 	r.setMembership(b.Membership, b.Slot)
 	r.recordedChosen, r.configFlushed = r.chosen, b.Slot
-	r.fetch = fetchState{known: r.fetch.known, from: r.fetch.from, bytesMax: r.fetch.bytesMax}
+	r.fetch = fetchState{known: r.fetch.known, from: r.fetch.from}
 	r.persist(Record{Kind: RecordBase, Slot: b.Slot, Base: &b})
 	// The promise and what is accepted above the image outlive the old log.
 	if !r.promised.IsZero() {
@@ -431,20 +448,6 @@ func (r *Replica) Restart(now Instant, b Base) {
 		r.persist(Record{Kind: RecordAccept, Ballot: r.log[s].ballot, Slot: s, Entry: r.log[s].entry})
 	}
 	r.learnCommitted()
-}
-
-// Truncate makes the log start at b, which is what judge and membership were at
-// its slot: the entries up to there are chosen, and are no longer needed here.
-// Nothing else changes. A base that is not above the present one, or above the
-// chosen prefix, changes nothing at all.
-func (r *Replica) Truncate(now Instant, b Base) {
-	r.clock(now)
-	if b.Slot <= r.base.Slot || b.Slot > r.chosen {
-		return
-	}
-	b.Membership = b.Membership.normalized()
-	r.base = b
-	r.persist(Record{Kind: RecordBase, Slot: b.Slot, Base: &b})
 }
 
 // slots returns the slots above the chosen prefix that hold an entry, ascending.

@@ -4,6 +4,7 @@ package paxosgroup
 // Step and Tick are given; whoever relies on it must not use a Status older
 // than Config.TickInterval.
 func (r *Replica) Status() Status {
+	r.absorb()
 	s := Status{
 		ID: r.cfg.ID, Role: r.role, Leader: r.leader.Replica, Ballot: r.highest, Promised: r.promised,
 		Base: r.base.Slot, Chosen: r.chosen, Judge: r.judge, Membership: r.membership, Void: r.void,
@@ -14,9 +15,12 @@ func (r *Replica) Status() Status {
 	}
 	s.Leader, s.Ballot, s.LastSlot = r.cfg.ID, r.ballot, r.lead.next-1
 	s.LeaseUntil = r.reportedLease()
+	s.HandBackDue = r.handBackDue()
 	for _, p := range r.peers {
 		x := PeerStatus{ID: p.id, Chosen: p.chosen, Applied: p.applied, LastHeard: p.lastHeard, RoundTrip: p.rtt}
-		p.flow.status(&r.cfg, &x)
+		if p.sent > p.acked {
+			x.InFlight = int(p.sent - p.acked)
+		}
 		s.Peers = append(s.Peers, x)
 	}
 	return s
@@ -33,13 +37,17 @@ type Brief struct {
 	Epoch  uint64
 	Leased bool
 	Change Change
+
+	HandBackDue ReplicaID
 }
 
 // Brief costs no allocation.
 func (r *Replica) Brief() Brief {
+	r.absorb()
 	b := Brief{Role: r.role, Leader: r.leader.Replica, Ballot: r.highest, Term: r.judge.Term, Base: r.base.Slot, Epoch: r.membership.Epoch, Change: r.changeState()}
 	if r.role == Leader {
 		b.Leader, b.Ballot, b.Leased = r.cfg.ID, r.ballot, r.reportedLease() != 0
+		b.HandBackDue = r.handBackDue()
 	}
 	return b
 }
@@ -55,15 +63,16 @@ func (r *Replica) Leading() (Ballot, bool) {
 // NextDeadline returns when Tick has something to do. Ticking at
 // Config.TickInterval is always enough; a replica at rest needs it less often.
 func (r *Replica) NextDeadline() Instant {
+	r.absorb()
 	next := r.electionAt
-	if r.self >= 0 {
+	if r.self >= 0 && r.cfg.Beats == nil {
 		next = min(next, r.probeAt)
 	}
 	switch r.stage {
 	case asking, preparing:
 		next = r.candidacy.until
 	case proposing:
-		next = r.lead.heartbeatAt.Add(r.cfg.HeartbeatInterval)
+		next = r.leaderDeadline()
 		if r.lead.noticeAt != 0 {
 			next = min(next, r.lead.noticeAt)
 		}
@@ -74,8 +83,34 @@ func (r *Replica) NextDeadline() Instant {
 	if !r.released.IsZero() {
 		next = min(next, r.releaseAt)
 	}
+	if len(r.reads) > 0 {
+		next = min(next, r.readsDeadline())
+	}
 	if r.fetch.until != 0 {
 		next = min(next, r.fetch.until)
+	}
+	return next
+}
+
+// leaderDeadline is when a leader at rest has something to do: a heartbeat, or a
+// look at its lease before half of it has gone, when it is over, and when
+// leadership is.
+func (r *Replica) leaderDeadline() Instant {
+	until := r.leaseUntil(&r.quorums)
+	next := max(until, r.lead.since).Add(r.cfg.LeaseDuration + 1)
+	for _, at := range []Instant{until, until.Add(-r.cfg.LeaseDuration / 2)} {
+		if until != 0 && at > r.now {
+			next = at
+		}
+	}
+	leased := until > r.now.Add(r.cfg.LeaseDuration/2)
+	for _, p := range r.peers {
+		if due, ok := r.heartbeatDue(p, leased); ok {
+			next = min(next, due)
+		}
+	}
+	if at := r.handBackAt(); at > r.now {
+		next = min(next, at)
 	}
 	return next
 }

@@ -28,6 +28,9 @@ func (r *Replica) Transfer(now Instant, to ReplicaID) error {
 		return fmt.Errorf("transfer leadership: already on the way to replica %d", r.lead.transfer.to)
 	}
 	r.dropChange()
+	if p := r.preferred(); p != nil && p.id == to {
+		r.handBackFailed() // until it has led for a while
+	}
 	r.lead.transfer = &transfer{
 		to: to, notBefore: r.now.Add(2 * r.cfg.TickInterval), until: r.now.Add(2 * r.cfg.LeaseDuration),
 	}
@@ -68,6 +71,7 @@ func (r *Replica) onTimeoutNow(m Message) {
 	}
 	r.noteCommit(m.Ballot, m.Chosen)
 	if r.grantedTo == m.Ballot {
+		r.unregister()
 		r.grantedUntil = min(r.grantedUntil, r.now)
 	}
 	if r.stage < preparing && r.canCampaign() {

@@ -77,7 +77,6 @@ const (
 	messageLife       = 17
 	messageGeneration = 18
 	messageID         = 19
-	messageBytesMax   = 20
 
 	ballotCounter = 1
 	ballotReplica = 2
@@ -175,9 +174,6 @@ func sizeMessage(g *GroupMessage) int {
 	}
 	if m.Generation != 0 {
 		n += 2 + sizeVarint(m.Generation)
-	}
-	if m.BytesMax != 0 {
-		n += 2 + sizeVarint(m.BytesMax)
 	}
 	if m.ID != 0 {
 		n += 2 + 8
@@ -339,7 +335,6 @@ func (e *encoder) message(g *GroupMessage) {
 	e.fixed(messageLife, m.Life)
 	e.uint(messageGeneration, m.Generation)
 	e.fixed(messageID, m.ID)
-	e.uint(messageBytesMax, m.BytesMax)
 }
 
 var errMalformed = errors.New("malformed frame")
@@ -484,8 +479,6 @@ func (d *decoder) message(b []byte, g *GroupMessage) error {
 			m.Shared = v != 0
 		case messageLife:
 			m.Life = v
-		case messageBytesMax:
-			m.BytesMax = v
 		case messageGeneration:
 			m.Generation = v
 		case messageID:

@@ -94,14 +94,3 @@ func (h *history) at(s paxosgroup.Slot) paxosgroup.Base {
 	}
 	return b
 }
-
-// cut forgets what lies at and below the slot of b, which is the base there.
-func (h *history) cut(b paxosgroup.Base) {
-	n := h.exceptionsThrough(b.Slot)
-	h.exceptions = append([]exception(nil), h.exceptions[n:]...)
-	n = sort.Search(len(h.terms), func(i int) bool { return h.terms[i].slot > b.Slot })
-	h.terms = append([]term(nil), h.terms[n:]...)
-	n = sort.Search(len(h.memberships), func(i int) bool { return h.memberships[i].slot > b.Slot })
-	h.memberships = append([]membershipAt(nil), h.memberships[n:]...)
-	h.base = b
-}
