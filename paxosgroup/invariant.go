@@ -16,5 +16,5 @@ func invariant(cond bool, format string, args ...any) {
 // its length is, which costs nothing.
 func sameValue(a, b Entry) bool {
 	return a.Kind == b.Kind && a.Term == b.Term && a.Number == b.Number &&
-		a.Incarnation == b.Incarnation && a.Region == b.Region && len(a.Payload) == len(b.Payload)
+		a.Incarnation == b.Incarnation && a.Session == b.Session && a.Sequence == b.Sequence && a.Region == b.Region && len(a.Payload) == len(b.Payload)
 }

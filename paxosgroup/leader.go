@@ -146,6 +146,13 @@ func (r *Replica) propose(e Entry) {
 // Propose hands in the next data entry of this leader's term. ErrWindowFull
 // asks to come again when something has been chosen.
 func (r *Replica) Propose(now Instant, payload []byte) (term Ballot, number uint64, err error) {
+	return r.ProposeOnce(now, 0, 0, payload)
+}
+
+// ProposeOnce is Propose for an entry that its session may have proposed before,
+// here or elsewhere: of those with one sequence number, or a lower one than is
+// effective already, at most one becomes effective. Session 0 is none.
+func (r *Replica) ProposeOnce(now Instant, session, sequence uint64, payload []byte) (term Ballot, number uint64, err error) {
 	r.clock(now)
 	if r.role != Leader {
 		return Ballot{}, 0, ErrNotLeader
@@ -157,7 +164,8 @@ func (r *Replica) Propose(now Instant, payload []byte) (term Ballot, number uint
 	}
 	l.number++
 	r.propose(Entry{
-		Kind: KindData, Term: r.ballot, Number: l.number, Region: r.cfg.Region, Incarnation: l.incarnation, Payload: payload,
+		Kind: KindData, Term: r.ballot, Number: l.number, Region: r.cfg.Region, Incarnation: l.incarnation,
+		Session: session, Sequence: sequence, Payload: payload,
 	})
 	return r.ballot, l.number, nil
 }

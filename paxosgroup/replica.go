@@ -129,7 +129,7 @@ func New(cfg Config, st Restored, store Storage, now Instant) (*Replica, error) 
 		rng:      rand.New(rand.NewPCG(cfg.Seed, uint64(cfg.Group)<<32|uint64(cfg.ID))),
 		promised: st.Promised,
 		log:      make(map[Slot]*slotState),
-		base:     st.Base, chosen: st.Base.Slot, judge: st.Base.Judge,
+		base:     st.Base, chosen: st.Base.Slot, judge: st.Base.Judge.Clone(),
 		role: Follower, electable: true,
 	}
 	if err := r.adopt(st.Base.Membership); err != nil {
@@ -435,7 +435,7 @@ func (r *Replica) Restart(now Instant, b Base) {
 			r.drop(s)
 		}
 	}
-	r.base, r.chosen, r.judge = b, b.Slot, b.Judge
+	r.base, r.chosen, r.judge = b, b.Slot, b.Judge.Clone()
 	r.setMembership(b.Membership, b.Slot)
 	r.recordedChosen, r.configFlushed = r.chosen, b.Slot
 	r.fetch = fetchState{known: r.fetch.known, from: r.fetch.from}

@@ -7,7 +7,7 @@ func (r *Replica) Status() Status {
 	r.absorb()
 	s := Status{
 		ID: r.cfg.ID, Role: r.role, Leader: r.leader.Replica, Ballot: r.highest, Promised: r.promised,
-		Base: r.base.Slot, Chosen: r.chosen, Judge: r.judge, Membership: r.membership, Void: r.void,
+		Base: r.base.Slot, Chosen: r.chosen, Judge: r.judge.Clone(), Membership: r.membership, Void: r.void,
 		Durability: r.membership.Durability(), Contacts: r.contacts, Change: r.changeState(),
 	}
 	if r.role != Leader {

@@ -81,6 +81,8 @@ type Entry struct {
 	Number      uint64 // within Term; 0 for anything but data
 	Region      string
 	Incarnation Incarnation
+	Session     uint64 // of the client that proposed it, with its Sequence; 0 for none
+	Sequence    uint64
 	Payload     []byte
 }
 
@@ -127,13 +129,30 @@ type Membership struct {
 
 // Judge is the state by which learners tell effective entries from void ones,
 // in slot order: an opening is effective if its ballot is above Term; a data
-// entry only if it is of Term and has number Next.
+// entry only if it is of Term and has number Next, and if its session is in
+// Sessions only with a higher sequence number. A copy shares Sessions: one that
+// is to judge on its own is made by Clone.
 type Judge struct {
 	Term        Ballot
 	Region      string
 	Incarnation Incarnation
 	Next        uint64
+	Sessions    []Session // least recently effective first, at most SessionsMax
 }
+
+// Session is a client as the learners know it: a proposer that numbers what it
+// proposes, has one proposal outstanding at a time, and repeats that one, with
+// its number, until it knows that it is effective.
+type Session struct {
+	ID       uint64
+	Sequence uint64 // of its last effective entry
+}
+
+// SessionsMax bounds how many sessions learners remember. One that has had
+// nothing effective for longer than this many others is forgotten, and a late
+// repetition of its last entry would count as a new one: a group has no more
+// proposers than this that repeat themselves.
+const SessionsMax = 64
 
 // Base is where a replica's log starts: everything at or below Slot is held as
 // a database image, not as entries. Slot 0 is the empty log.

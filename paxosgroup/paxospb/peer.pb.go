@@ -247,6 +247,8 @@ type Entry struct {
 	Region        string                 `protobuf:"bytes,4,opt,name=region,proto3" json:"region,omitempty"`
 	Incarnation   uint64                 `protobuf:"fixed64,5,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
 	Payload       []byte                 `protobuf:"bytes,6,opt,name=payload,proto3" json:"payload,omitempty"`
+	Session       uint64                 `protobuf:"fixed64,7,opt,name=session,proto3" json:"session,omitempty"`
+	Sequence      uint64                 `protobuf:"varint,8,opt,name=sequence,proto3" json:"sequence,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -321,6 +323,20 @@ func (x *Entry) GetPayload() []byte {
 		return x.Payload
 	}
 	return nil
+}
+
+func (x *Entry) GetSession() uint64 {
+	if x != nil {
+		return x.Session
+	}
+	return 0
+}
+
+func (x *Entry) GetSequence() uint64 {
+	if x != nil {
+		return x.Sequence
+	}
+	return 0
 }
 
 type SlotEntry struct {
@@ -644,14 +660,16 @@ const file_peer_proto_rawDesc = "" +
 	"\x05hello\x18\x01 \x01(\v2\x17.quorate.paxos.v1.HelloR\x05hello\"<\n" +
 	"\x06Ballot\x12\x18\n" +
 	"\acounter\x18\x01 \x01(\x04R\acounter\x12\x18\n" +
-	"\areplica\x18\x02 \x01(\rR\areplica\"\xb5\x01\n" +
+	"\areplica\x18\x02 \x01(\rR\areplica\"\xeb\x01\n" +
 	"\x05Entry\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\rR\x04kind\x12,\n" +
 	"\x04term\x18\x02 \x01(\v2\x18.quorate.paxos.v1.BallotR\x04term\x12\x16\n" +
 	"\x06number\x18\x03 \x01(\x04R\x06number\x12\x16\n" +
 	"\x06region\x18\x04 \x01(\tR\x06region\x12 \n" +
 	"\vincarnation\x18\x05 \x01(\x06R\vincarnation\x12\x18\n" +
-	"\apayload\x18\x06 \x01(\fR\apayload\"N\n" +
+	"\apayload\x18\x06 \x01(\fR\apayload\x12\x18\n" +
+	"\asession\x18\a \x01(\x06R\asession\x12\x1a\n" +
+	"\bsequence\x18\b \x01(\x04R\bsequence\"N\n" +
 	"\tSlotEntry\x12\x12\n" +
 	"\x04slot\x18\x01 \x01(\x04R\x04slot\x12-\n" +
 	"\x05entry\x18\x02 \x01(\v2\x17.quorate.paxos.v1.EntryR\x05entry\"\x84\x01\n" +

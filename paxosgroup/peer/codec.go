@@ -87,6 +87,8 @@ const (
 	entryRegion      = 4
 	entryIncarnation = 5
 	entryPayload     = 6
+	entrySession     = 7
+	entrySequence    = 8
 
 	slotEntrySlot  = 1
 	slotEntryEntry = 2
@@ -132,6 +134,10 @@ func sizeEntry(e *paxosgroup.Entry) int {
 	if e.Incarnation != 0 {
 		n += 1 + 8
 	}
+	if e.Session != 0 {
+		n += 1 + 8
+	}
+	n += sizeUint(e.Sequence)
 	if len(e.Payload) > 0 {
 		n += sizeBytes(len(e.Payload))
 	}
@@ -291,11 +297,13 @@ func (e *encoder) entry(field protowire.Number, v *paxosgroup.Entry) {
 		e.length(entryPayload, len(v.Payload))
 		if len(v.Payload) < sharedBytesMin {
 			e.b = append(e.b, v.Payload...)
-			return
+		} else {
+			e.flush()
+			e.done = append(e.done, mem.SliceBuffer(v.Payload))
 		}
-		e.flush()
-		e.done = append(e.done, mem.SliceBuffer(v.Payload))
 	}
+	e.fixed(entrySession, v.Session)
+	e.uint(entrySequence, v.Sequence)
 }
 
 func (e *encoder) message(g *GroupMessage) {
@@ -425,6 +433,10 @@ func (d *decoder) entry(b []byte, out *paxosgroup.Entry) error {
 			out.Region = d.region
 		case entryIncarnation:
 			out.Incarnation = paxosgroup.Incarnation(v)
+		case entrySession:
+			out.Session = v
+		case entrySequence:
+			out.Sequence = v
 		case entryPayload:
 			out.Payload = p[:len(p):len(p)]
 		}

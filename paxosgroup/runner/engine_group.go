@@ -113,7 +113,7 @@ func (g *EngineGroup) rebuild(s paxosgroup.Status) error {
 			g.recent.add(paxosgroup.Delivered{Slot: e.Slot, Entry: e.Entry, Verdict: v})
 		}
 	}
-	if g.history.judge != s.Judge {
+	if !g.history.judge.Equal(s.Judge) {
 		panic(fmt.Sprintf("runner: group %d: the history judges %+v where the core judges %+v at slot %d", g.id, g.history.judge, s.Judge, s.Chosen))
 	}
 	return nil
@@ -137,6 +137,7 @@ func (g *EngineGroup) settle(now paxosgroup.Instant) {
 		}
 		g.pay(rd)
 	}
+	g.giveUpWaiting()
 	g.deadline = g.core.NextDeadline()
 	heap.Fix(&e.due, g.heapIndex)
 	if e.settled != nil {
@@ -196,19 +197,24 @@ func (g *EngineGroup) deliver(entries []paxosgroup.Delivered) {
 	g.engine.stats.Delivered += uint64(len(entries))
 	g.needImage.Store(false)
 	g.guard.Lock()
-	defer g.guard.Unlock()
-	for _, d := range entries {
+	for i := range entries {
+		d := &entries[i]
 		if d.Slot != g.history.last+1 {
 			panic(fmt.Sprintf("runner: group %d: slot %d delivered after %d", g.id, d.Slot, g.history.last))
 		}
 		if v := g.history.add(d.Entry); v != d.Verdict {
 			panic(fmt.Sprintf("runner: group %d: slot %d delivered with verdict %d, judged %d", g.id, d.Slot, d.Verdict, v))
 		}
-		g.recent.add(d)
+		g.recent.add(*d)
+		if w := &g.proposals; w.inFlight.n > 0 && d.Entry.Kind == paxosgroup.KindData && d.Entry.Term == w.term {
+			g.arrived(d)
+		}
 	}
 	if g.engine.moved != nil {
 		g.engine.moved(g)
 	}
+	g.guard.Unlock()
+	g.proposals.tell()
 }
 
 // restarted forgets what an image has replaced.
@@ -277,17 +283,33 @@ func (g *EngineGroup) Read(from paxosgroup.Slot, maxBytes int) ([]paxosgroup.Del
 	return delivered, nil
 }
 
-// BaseAt returns the base that an image of everything up to slot has.
+// BaseAt returns the base that an image of everything up to slot has. It may
+// have to read the log.
 func (g *EngineGroup) BaseAt(slot paxosgroup.Slot) (paxosgroup.Base, error) {
 	g.guard.Lock()
-	defer g.guard.Unlock()
-	if slot < g.history.base.Slot {
-		return paxosgroup.Base{}, fmt.Errorf("base of group %d at slot %d: %w", g.id, slot, ErrCompacted)
+	base, last := g.history.base.Slot, g.history.last
+	if slot < base || slot > last {
+		g.guard.Unlock()
+		if slot < base {
+			return paxosgroup.Base{}, fmt.Errorf("base of group %d at slot %d: %w", g.id, slot, ErrCompacted)
+		}
+		return paxosgroup.Base{}, fmt.Errorf("base of group %d at slot %d: chosen only up to %d", g.id, slot, last)
 	}
-	if slot > g.history.last {
-		return paxosgroup.Base{}, fmt.Errorf("base of group %d at slot %d: chosen only up to %d", g.id, slot, g.history.last)
+	b, from, to := g.history.at(slot)
+	g.guard.Unlock()
+	for from < to {
+		entries, err := g.Read(from+1, 1<<20)
+		if err != nil {
+			return paxosgroup.Base{}, fmt.Errorf("base of group %d at slot %d: %w", g.id, slot, err)
+		}
+		for _, d := range entries {
+			if d.Slot <= to && d.Entry.Kind == paxosgroup.KindData && d.Verdict == paxosgroup.Effective {
+				b.Judge.Replay(d.Entry)
+			}
+			from = d.Slot
+		}
 	}
-	return g.history.at(slot), nil
+	return b, nil
 }
 
 // SetElectable says whether the database could lead; see paxosgroup.

@@ -23,6 +23,17 @@ func TestHistoryEqualsJudgingFromTheBase(t *testing.T) {
 		judge, membership := base.Judge, base.Membership
 		want := []paxosgroup.Base{base}
 		var verdicts []paxosgroup.Verdict
+		var entries []paxosgroup.Entry
+		cut := paxosgroup.Slot(0)
+		at := func(s paxosgroup.Slot) paxosgroup.Base {
+			b, from, to := h.at(s)
+			for from++; from <= to; from++ {
+				if h.verdict(from) == paxosgroup.Effective {
+					b.Judge.Replay(entries[from-base.Slot-1])
+				}
+			}
+			return b
+		}
 		for range 300 {
 			e := paxosgroup.Entry{Kind: paxosgroup.KindData, Term: judge.Term, Number: judge.Next}
 			switch rng.IntN(12) {
@@ -35,6 +46,8 @@ func TestHistoryEqualsJudgingFromTheBase(t *testing.T) {
 				e.Number += rng.Uint64N(2)
 			case 3:
 				e.Term.Counter -= min(e.Term.Counter, 1)
+			case 5, 6:
+				e.Session, e.Sequence = 1+rng.Uint64N(70), 1+rng.Uint64N(20)
 			case 4:
 				m := membership
 				m.Epoch += 1 + rng.Uint64N(2) // sometimes made for another membership
@@ -42,20 +55,30 @@ func TestHistoryEqualsJudgingFromTheBase(t *testing.T) {
 				e = paxosgroup.Entry{Kind: paxosgroup.KindConfig, Payload: paxosgroup.EncodeMembership(m)}
 			}
 			v := judge.Judge(e)
+			entries = append(entries, e)
 			if m, ok := membership.Next(e); ok {
 				membership = m
 			}
 			if got := h.add(e); got != v {
 				t.Fatalf("seed %d slot %d: verdict %d, want %d", seed, h.last, got, v)
 			}
-			want = append(want, paxosgroup.Base{Slot: h.last, Judge: judge, Membership: membership})
+			if rng.IntN(100) == 0 {
+				cut = base.Slot + paxosgroup.Slot(rng.IntN(int(h.last-base.Slot)+1))
+				if cut >= h.base.Slot {
+					h.cut(at(cut))
+				}
+			}
+			want = append(want, paxosgroup.Base{Slot: h.last, Judge: judge.Clone(), Membership: membership})
 			verdicts = append(verdicts, v)
 		}
 		for i, w := range want {
-			if got := h.at(w.Slot); !reflect.DeepEqual(got, w) {
+			if w.Slot < h.base.Slot {
+				continue
+			}
+			if got := at(w.Slot); !reflect.DeepEqual(got, w) {
 				t.Fatalf("seed %d: at slot %d %+v, want %+v", seed, w.Slot, got, w)
 			}
-			if i > 0 {
+			if i > 0 && w.Slot > h.base.Slot {
 				if got := h.verdict(w.Slot); got != verdicts[i-1] {
 					t.Fatalf("seed %d: verdict on slot %d %d, want %d", seed, w.Slot, got, verdicts[i-1])
 				}

@@ -55,3 +55,22 @@ func (r *recent) read(from paxosgroup.Slot, maxBytes int) []paxosgroup.Delivered
 	}
 	return append([]paxosgroup.Delivered(nil), held[:n]...)
 }
+
+// find returns the slot of a session's effective entry, or 0 if it is not held.
+func (r *recent) find(session, sequence uint64) paxosgroup.Slot {
+	for i := len(r.entries) - 1; i >= r.head; i-- {
+		if d := &r.entries[i]; d.Entry.Session == session && d.Entry.Sequence == sequence && d.Verdict == paxosgroup.Effective {
+			return d.Slot
+		}
+	}
+	return 0
+}
+
+// cut forgets what is at or below s.
+func (r *recent) cut(s paxosgroup.Slot) {
+	for r.head < len(r.entries) && r.entries[r.head].Slot <= s {
+		r.bytes -= deliveredWeight + len(r.entries[r.head].Entry.Payload)
+		r.entries[r.head] = paxosgroup.Delivered{}
+		r.head++
+	}
+}

@@ -142,7 +142,7 @@ func TestReadFromMemoryAndDiskAgree(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if base.Slot != d.Slot || base.Judge != judge {
+			if base.Slot != d.Slot || !base.Judge.Equal(judge) {
 				t.Fatalf("replica %d: base at slot %d is %+v, want judge %+v", n.id, d.Slot, base, judge)
 			}
 		}
