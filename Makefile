@@ -1,6 +1,6 @@
 # Every target runs from a clean checkout; tools are pinned in go.mod (go tool).
 .DEFAULT_GOAL := build
-.PHONY: setup build demo demo-down bench test lint race sim explore fuzz proto clean
+.PHONY: setup build demo demo-down bench bench-consensus test lint race sim explore fuzz proto clean
 
 setup:
 	@deploy/setup.sh
@@ -15,21 +15,28 @@ demo: setup build
 demo-down:
 	@bin/paxosctl dev down
 
-# Everything, in two steps: what starts whole clusters has the machine to itself.
+# Everything, in steps: what starts whole clusters has the machine to itself.
 CLUSTER := ./test/cluster/...
 test: setup build
 	go test -timeout 10m $$(go list ./... | grep -v '/test/cluster')
+	cd $(CONSENSUS) && go test -timeout 5m ./...
 	go test -timeout 20m -p 1 $(CLUSTER)
 
 # What the README and docs/benchmarks.md claim, beside PostgreSQL's own; SHORT=1: in four minutes.
 bench: setup build
 	go run ./test/bench
 
+# Our consensus beside etcd's raft and hashicorp's, of a module of their own; SHORT=1: in four minutes.
+CONSENSUS := test/consensus
+bench-consensus:
+	cd $(CONSENSUS) && go build -o ../../bin/bench-consensus . && exec ../../bin/bench-consensus
+
 lint:
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); test -z "$$unformatted" || { echo "gofmt -w $$unformatted" >&2; exit 1; }
 	go vet ./...
 	go tool staticcheck ./...
 	go mod tidy -diff
+	cd $(CONSENSUS) && go vet ./... && go mod tidy -diff
 
 # The packages where goroutines meet.
 race: setup

@@ -57,10 +57,10 @@ func (r *Replica) onAccept(m Message) {
 		}
 	}
 	r.noteCommit(m.Ballot, m.Chosen)
-	if len(acked) > 0 {
-		r.acknowledge(m, acked)
-	}
+	r.acknowledge(m, acked)
 }
+
+const acceptWindows = 8 // of slots, above the chosen prefix
 
 // accept takes an entry into its slot, and reports whether this replica may say
 // that it has. A chosen slot holds the only value that any later ballot can
@@ -74,9 +74,10 @@ func (r *Replica) accept(b Ballot, e SlotEntry) bool {
 		return true
 	}
 	// A replica far behind would keep all the present in memory while it reads
-	// up the past; beyond this it only learns. What it holds already, and the slot
+	// up the past; beyond this it only learns. In slots that is far, or one over a
+	// long link would never catch up with a busy leader. What it holds already, and the slot
 	// that everything waits for, it takes whatever their size.
-	if e.Slot > r.chosen+Slot(2*r.cfg.WindowSlotsMax) || e.Slot > r.chosen+1 && r.log[e.Slot] == nil && r.logBytes > 2*r.cfg.WindowBytesMax {
+	if e.Slot > r.chosen+Slot(acceptWindows*r.cfg.WindowSlotsMax) || e.Slot > r.chosen+1 && r.log[e.Slot] == nil && r.logBytes > 2*r.cfg.WindowBytesMax {
 		return false
 	}
 	invariant(!b.Less(r.promised), "slot %d accepted at %v below promise %v", e.Slot, b, r.promised)
@@ -85,18 +86,22 @@ func (r *Replica) accept(b Ballot, e SlotEntry) bool {
 	return true
 }
 
-// acknowledge answers when it is durable; answers that wait for one flush go as
-// one.
+// acknowledge answers when it is durable, also that nothing could be taken;
+// answers that wait for one flush go as one.
 func (r *Replica) acknowledge(m Message, acked []Slot) {
 	for i := range r.pending.AfterSync {
 		o := &r.pending.AfterSync[i]
 		if o.Kind == MsgAccepted && o.To == m.From && o.Ballot == m.Ballot {
 			o.Slots = append(o.Slots, acked...)
-			o.Chosen = r.chosen
+			o.Chosen, o.SentAt = r.chosen, max(o.SentAt, m.SentAt)
+			o.Granted = o.Granted && len(acked) == len(m.Entries)
 			return
 		}
 	}
-	r.sendAfterSync(Message{Kind: MsgAccepted, To: m.From, Ballot: m.Ballot, Slots: acked, Chosen: r.chosen, Applied: r.applied})
+	r.sendAfterSync(Message{
+		Kind: MsgAccepted, To: m.From, Ballot: m.Ballot, Slots: acked, Chosen: r.chosen, Applied: r.applied,
+		SentAt: m.SentAt, Granted: len(acked) == len(m.Entries),
+	})
 }
 
 // follow takes note of a leader at or above the promised ballot.

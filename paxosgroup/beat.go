@@ -56,13 +56,13 @@ type Beats struct {
 	life     uint64
 	interval time.Duration
 	now      Instant
-	links    []*link
+	links    []*beatLink
 	changes  uint64 // whenever a replica could have something to absorb
 	wake     bool
 }
 
-// link is what two processes have in common.
-type link struct {
+// beatLink is what two processes have in common.
+type beatLink struct {
 	id ReplicaID
 
 	// Our leaderships, granted by the peer.
@@ -104,15 +104,15 @@ func NewBeats(id ReplicaID, life uint64, interval time.Duration) *Beats {
 }
 
 // link returns that to a peer process, which from now on is beaten to.
-func (b *Beats) link(id ReplicaID) *link {
-	i, found := slices.BinarySearchFunc(b.links, id, func(k *link, id ReplicaID) int { return int(int64(k.id) - int64(id)) })
+func (b *Beats) link(id ReplicaID) *beatLink {
+	i, found := slices.BinarySearchFunc(b.links, id, func(k *beatLink, id ReplicaID) int { return int(int64(k.id) - int64(id)) })
 	if !found {
-		b.links = slices.Insert(b.links, i, &link{id: id, mine: 1, granting: 1})
+		b.links = slices.Insert(b.links, i, &beatLink{id: id, mine: 1, granting: 1})
 	}
 	return b.links[i]
 }
 
-func (k *link) due(interval time.Duration) Instant {
+func (k *beatLink) due(interval time.Duration) Instant {
 	switch {
 	case k.sharers > 0:
 	case k.heardAt == 0:
@@ -195,7 +195,7 @@ func (b *Beats) Step(now Instant, m Message) (out []Message) {
 
 // learn takes in under what the peer registers, and reports whether the answer m
 // is of what is known to be the newest.
-func (b *Beats) learn(k *link, m Message) bool {
+func (b *Beats) learn(k *beatLink, m Message) bool {
 	if m.Life != k.life || m.Generation != k.generation {
 		if m.SentAt < k.asOf {
 			return false
@@ -210,7 +210,7 @@ func (b *Beats) learn(k *link, m Message) bool {
 
 // lead takes in the peer's life and generation as a leader, and reports false if
 // they are of the past.
-func (k *link) lead(life, generation uint64) bool {
+func (k *beatLink) lead(life, generation uint64) bool {
 	switch {
 	case life != k.theirLife || generation > k.theirs:
 		k.theirLife, k.theirs = life, generation
@@ -222,7 +222,7 @@ func (k *link) lead(life, generation uint64) bool {
 }
 
 // endGeneration ends every registration of the peer's leaderships.
-func (k *link) endGeneration() {
+func (k *beatLink) endGeneration() {
 	k.ended[k.granting%uint64(len(k.ended))] = endedGeneration{k.granting, k.receivedAt}
 	k.granting++
 	k.receivedAt = 0

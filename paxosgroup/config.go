@@ -20,6 +20,10 @@ type Config struct {
 
 	WindowSlotsMax int // undecided slots a leader may have; default 1024
 	WindowBytesMax int // and bytes of payload; default 16 MiB. A promise carries at most about twice that
+	// What may be on its way to one follower, at most: the window adapts to the
+	// link (flow.go). Default 4 × WindowSlotsMax and 2 × WindowBytesMax.
+	FollowerSlotsMax int
+	FollowerBytesMax int
 
 	PreferredRegion    string // others wait a little longer at an election; may be empty
 	HandBack           bool   // Status tells the leader when the preferred region could take over
@@ -50,6 +54,12 @@ func (c *Config) fillDefaults() {
 	if c.WindowBytesMax == 0 {
 		c.WindowBytesMax = 16 << 20
 	}
+	if c.FollowerSlotsMax == 0 {
+		c.FollowerSlotsMax = 4 * c.WindowSlotsMax
+	}
+	if c.FollowerBytesMax == 0 {
+		c.FollowerBytesMax = 2 * c.WindowBytesMax
+	}
 }
 
 func (c Config) validate() error {
@@ -66,6 +76,9 @@ func (c Config) validate() error {
 	}
 	if c.ClockDriftPPMMax < 0 || c.ClockDriftPPMMax > 100_000 {
 		bad("clock drift: %d ppm is not within 0 to 100000", c.ClockDriftPPMMax)
+	}
+	if c.FollowerSlotsMax < 1 || c.FollowerBytesMax < 1 {
+		bad("window of a follower: %d slots and %d bytes must be positive", c.FollowerSlotsMax, c.FollowerBytesMax)
 	}
 	if c.WindowSlotsMax < 1 || c.WindowBytesMax < 1 {
 		bad("window: %d slots and %d bytes must be positive", c.WindowSlotsMax, c.WindowBytesMax)

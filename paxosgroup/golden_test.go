@@ -23,6 +23,7 @@ type story struct {
 	flights []flight
 	out     strings.Builder
 	down    [4]bool
+	slow    [4]time.Duration // on top, each way
 }
 
 type flight struct {
@@ -62,7 +63,7 @@ func (s *story) settle(r *Replica) {
 			return
 		}
 		for _, m := range slices.Concat(rd.Send, rd.AfterSync) {
-			s.flights = append(s.flights, flight{s.now.Add(10 * time.Millisecond), m})
+			s.flights = append(s.flights, flight{s.now.Add(10*time.Millisecond + s.slow[m.From] + s.slow[m.To]), m})
 			if line := describe(m); line != "" {
 				s.say("%d -> %d  %s", m.From, m.To, line)
 			}
@@ -97,8 +98,14 @@ func describe(m Message) string {
 	case MsgPromise:
 		return fmt.Sprintf("promise %v, chosen %d, %d accepted", m.Ballot, m.Chosen, len(m.Accepted))
 	case MsgAccept:
+		if len(m.Entries) == 0 {
+			return fmt.Sprintf("accept %v nothing, chosen %d: what of those before?", m.Ballot, m.Chosen)
+		}
 		return fmt.Sprintf("accept %v slots %d to %d, chosen %d", m.Ballot, m.Entries[0].Slot, m.Entries[len(m.Entries)-1].Slot, m.Chosen)
 	case MsgAccepted:
+		if !m.Granted {
+			return fmt.Sprintf("accepted %v slots %v, refused others, chosen %d", m.Ballot, m.Slots, m.Chosen)
+		}
 		return fmt.Sprintf("accepted %v slots %v", m.Ballot, m.Slots)
 	case MsgReject:
 		return fmt.Sprintf("reject, promised %v", m.Ballot)
@@ -166,6 +173,16 @@ func TestConversations(t *testing.T) {
 				s.t.Fatal(err)
 			}
 			s.pass(150 * time.Millisecond)
+		},
+		"slow_follower": func(s *story) {
+			s.pass(time.Second)
+			s.rs[0].cfg.FollowerSlotsMax, s.slow[3] = 2, 50*time.Millisecond
+			s.say("--- 3 takes 50 ms longer, and may be sent two slots ahead; 1 proposes")
+			for _, payload := range []string{"a", "b", "c", "d"} {
+				s.propose(s.rs[0], payload)
+				s.pass(20 * time.Millisecond)
+			}
+			s.pass(400 * time.Millisecond)
 		},
 		"leader_lost": func(s *story) {
 			s.pass(time.Second)

@@ -19,8 +19,7 @@ type leadership struct {
 	opened      bool // the own opening is proposed
 	incarnation Incarnation
 	windowBytes int
-	inheritedAt Slot // of an undecided configuration entry of another leadership; 0 if none
-	outbox      []Slot
+	inheritedAt Slot    // of an undecided configuration entry of another leadership; 0 if none
 	since       Instant // this leadership, or the membership in force
 	lapsesAt    Instant // not before then, as last looked at
 	heartbeatAt Instant // last one sent
@@ -28,12 +27,9 @@ type leadership struct {
 	noticeAt    Instant // when the chosen slot is to be made known; 0 if it is
 	noticedAt   Instant
 
-	change           *change // under way and not chosen yet
-	revert           bool    // the joint configuration is to be left the way it was entered
-	transfer         *transfer
-	bytesUpTo        uint64   // payload bytes proposed in this leadership
-	bytesUpToOf      []uint64 // the same as of slot, by slot modulo its length
-	bytesUpToOfStart Slot
+	change   *change // under way and not chosen yet
+	revert   bool    // the joint configuration is to be left the way it was entered
+	transfer *transfer
 }
 
 // peer is what this replica knows of another member.
@@ -46,14 +42,14 @@ type peer struct {
 	rtt             time.Duration
 
 	// As a leader's follower, since this leadership began.
-	leaseSentAt  Instant // greatest of our sending times it answered with a grant
-	toldAt       Instant // last heartbeat that asked for a grant
-	shares       bool    // asked to let beats stand for heartbeats
-	covering     covering
-	preparedAt   Instant
-	chosenSent   Slot
-	sent, acked  Slot // highest
-	retransmitAt Instant
+	leaseSentAt Instant // greatest of our sending times it answered with a grant
+	toldAt      Instant // last heartbeat that asked for a grant
+	shares      bool    // asked to let beats stand for heartbeats
+	covering    covering
+	preparedAt  Instant
+	chosenSent  Slot
+	acked       Slot // highest
+	flow        flow
 }
 
 const (
@@ -77,7 +73,6 @@ func (r *Replica) peer(id ReplicaID) *peer {
 func (r *Replica) beginLeading() {
 	l := &r.lead
 	l.since, l.next = r.now, r.chosen+1
-	l.bytesUpToOf, l.bytesUpToOfStart = make([]uint64, 4*r.cfg.WindowSlotsMax), l.next
 	for _, a := range r.slots() { // the own promise
 		if st := r.log[a]; st.ballot.Less(r.ballot) {
 			r.recover(AcceptedEntry{Slot: a, Ballot: st.ballot, Entry: st.entry})
@@ -85,7 +80,8 @@ func (r *Replica) beginLeading() {
 	}
 	for _, p := range r.peers {
 		p.toldAt, p.covering = 0, covering{}
-		p.leaseSentAt, p.chosenSent, p.sent, p.acked, p.retransmitAt = 0, 0, r.chosen, r.chosen, 0
+		p.leaseSentAt, p.chosenSent, p.acked = 0, 0, r.chosen
+		p.flow.begin(l.next)
 	}
 	r.heartbeat()
 }
@@ -135,12 +131,9 @@ func (r *Replica) propose(e Entry) {
 	r.mayPropose(s)
 	l.next++
 	l.windowBytes += len(e.Payload)
-	l.bytesUpTo += uint64(len(e.Payload))
-	l.bytesUpToOf[s%Slot(len(l.bytesUpToOf))] = l.bytesUpTo
-	r.put(s, &slotState{ballot: r.ballot, entry: e, sentAt: r.now})
+	r.put(s, &slotState{ballot: r.ballot, entry: e})
 	r.persist(Record{Kind: RecordAccept, Ballot: r.ballot, Slot: s, Entry: e})
 	r.countWhenFlushed(r.ballot, s)
-	l.outbox = append(l.outbox, s)
 }
 
 // Propose hands in the next data entry of this leader's term. ErrWindowFull
@@ -188,6 +181,7 @@ func (r *Replica) onAccepted(m Message) {
 			st.acks |= 1 << p.index
 		}
 	}
+	r.noteAnswer(p, m)
 	r.advance()
 	r.tryChange()
 }
@@ -284,68 +278,12 @@ func (r *Replica) sendChosen() {
 	}
 	l.noticeAt, l.noticedAt = 0, r.now
 	for _, p := range r.peers {
-		if p.chosenSent < r.chosen {
+		// One that cannot keep up hears it with the next heartbeat.
+		if slots, _ := r.room(p); p.chosenSent < r.chosen && slots > 0 {
 			p.chosenSent = r.chosen
 			r.send(Message{Kind: MsgHeartbeat, To: p.id, Ballot: r.ballot, Chosen: r.chosen})
 		}
 	}
-}
-
-// sendAccepts sends the slots proposed since the last Ready, each peer's in
-// messages of bounded size that share their entries.
-func (r *Replica) sendAccepts() {
-	l := &r.lead
-	for len(l.outbox) > 0 {
-		var chunk []SlotEntry
-		size, n := 0, 0
-		for n < len(l.outbox) && n < acceptSlotsMax && size < acceptBytesMax {
-			if st := r.log[l.outbox[n]]; st != nil && st.ballot == r.ballot {
-				chunk = append(chunk, SlotEntry{Slot: l.outbox[n], Entry: st.entry})
-				size += len(st.entry.Payload)
-			}
-			n++
-		}
-		l.outbox = l.outbox[n:]
-		if len(chunk) == 0 {
-			continue
-		}
-		for _, p := range r.peers {
-			if r.roomFor(p) {
-				r.sendAccept(p, chunk)
-			}
-		}
-	}
-	l.outbox = nil
-}
-
-func (r *Replica) sendAccept(p *peer, chunk []SlotEntry) {
-	r.mayPropose(chunk[len(chunk)-1].Slot)
-	last := chunk[len(chunk)-1].Slot
-	p.sent = max(p.sent, last)
-	p.chosenSent = max(p.chosenSent, r.chosen)
-	r.send(Message{Kind: MsgAccept, To: p.id, Ballot: r.ballot, Chosen: r.chosen, Entries: chunk})
-}
-
-// roomFor reports whether a peer's own window is open. One that is slow or gone
-// stops being sent to, and catches up by fetching; it stalls nobody.
-func (r *Replica) roomFor(p *peer) bool {
-	if p.sent <= p.acked {
-		return true
-	}
-	if p.sent-p.acked > Slot(2*r.cfg.WindowSlotsMax) {
-		return false
-	}
-	return r.bytesUpTo(p.sent) <= r.bytesUpTo(p.acked)+uint64(2*r.cfg.WindowBytesMax)
-}
-
-// bytesUpTo returns how many payload bytes this leadership proposed up to s.
-func (r *Replica) bytesUpTo(s Slot) uint64 {
-	l := &r.lead
-	n := Slot(len(l.bytesUpToOf))
-	if s < l.bytesUpToOfStart || s+n < l.next {
-		return 0
-	}
-	return l.bytesUpToOf[s%n]
 }
 
 // heartbeat asks all for a grant.
@@ -378,7 +316,7 @@ func (r *Replica) tickLeader() {
 	l := &r.lead
 	r.sendHeartbeats()
 	for _, p := range r.peers {
-		r.retransmit(p)
+		r.tickFlow(p)
 	}
 	if !l.phase1 || l.change != nil && l.change.at == 0 {
 		for _, p := range r.peers {
@@ -423,31 +361,4 @@ func (r *Replica) retransmitTimeout(p *peer) time.Duration {
 		return retransmitUnknown
 	}
 	return min(2*p.rtt+retransmitMin, r.cfg.LeaseDuration)
-}
-
-// retransmit sends again the oldest undecided slots that p has not acknowledged
-// in time, if p is there at all.
-func (r *Replica) retransmit(p *peer) {
-	l := &r.lead
-	timeout := r.retransmitTimeout(p)
-	if r.now < p.retransmitAt || p.lastHeard.Add(3*r.cfg.HeartbeatInterval+timeout) < r.now {
-		return
-	}
-	var chunk []SlotEntry
-	size := 0
-	for s := r.chosen + 1; s < l.next && len(chunk) < acceptSlotsMax && size < acceptBytesMax; s++ {
-		st := r.log[s]
-		if st == nil || st.ballot != r.ballot || st.acks&(1<<p.index) != 0 {
-			continue
-		}
-		if st.sentAt.Add(timeout) > r.now {
-			break // and so is everything after it
-		}
-		chunk = append(chunk, SlotEntry{Slot: s, Entry: st.entry})
-		size += len(st.entry.Payload)
-	}
-	if len(chunk) > 0 {
-		p.retransmitAt = r.now.Add(timeout)
-		r.sendAccept(p, chunk)
-	}
 }

@@ -1,6 +1,9 @@
 package paxosgroup
 
-import "slices"
+import (
+	"slices"
+	"time"
+)
 
 // fetchState is the catching up on chosen entries that were missed.
 type fetchState struct {
@@ -11,9 +14,29 @@ type fetchState struct {
 	served   ReplicaID   // the last one that had what was asked for
 	tried    []ReplicaID // without success since the last one
 	snapshot bool        // one of tried no longer holds what is missing
+	askedAt  Instant
+	bytesMax int // of the next answer
 }
 
-const learnBytesMax = 1 << 20
+// An answer is as large as comes in about fetchTime: large enough that the round
+// trip is not what counts, and not so large that a slow link is taken for long.
+// The next is asked for when one is taken, so that the fetching replica sets the
+// pace.
+const (
+	learnBytesMax   = 4 << 20
+	fetchBytesMin   = 16 << 10
+	fetchBytesFirst = 256 << 10
+	fetchTime       = 200 * time.Millisecond
+)
+
+// pace adapts how much is asked for to how long an answer of size bytes took.
+func (f *fetchState) pace(took time.Duration, size int) {
+	if size < f.bytesMax/2 {
+		return // that was all there is
+	}
+	fits := float64(f.bytesMax) * float64(fetchTime) / float64(max(took, time.Microsecond))
+	f.bytesMax = int(min(max(fits, fetchBytesMin, float64(f.bytesMax)/4), learnBytesMax, 2*float64(f.bytesMax)))
+}
 
 // choose extends the chosen prefix by one slot.
 func (r *Replica) choose(s Slot, e Entry) {
@@ -90,8 +113,12 @@ func (r *Replica) tickFetch() {
 		f.tried, f.snapshot = f.tried[:0], false
 		to, _ = r.fetchPeer()
 	}
-	f.asked, f.until = to, r.now.Add(2*r.electionTimeout())
-	r.send(Message{Kind: MsgFetch, To: to, Slot: r.chosen + 1, Chosen: r.chosen})
+	if f.until != 0 {
+		f.bytesMax /= 4 // perhaps it was too much
+	}
+	f.bytesMax = max(f.bytesMax, fetchBytesMin)
+	f.asked, f.askedAt, f.until = to, r.now, r.now.Add(2*r.electionTimeout()+fetchTime)
+	r.send(Message{Kind: MsgFetch, To: to, Slot: r.chosen + 1, Chosen: r.chosen, BytesMax: uint64(f.bytesMax)})
 }
 
 // fetchPeer returns whom to ask: who served before, then the leader, then who
@@ -118,13 +145,21 @@ func (r *Replica) fetchPeer() (ReplicaID, bool) {
 }
 
 func (r *Replica) onFetch(m Message) {
+	if p := r.peer(m.From); p != nil {
+		p.chosen = max(p.chosen, m.Chosen)
+		r.noteCaughtUp(p)
+	}
 	if m.Slot == 0 || m.Slot > r.storedChosen {
 		return // what was chosen since the last Ready is not in Storage yet
 	}
 	var entries []SlotEntry
 	if m.Slot > r.base.Slot {
 		var err error
-		entries, err = r.store.Chosen(m.Slot, r.storedChosen, learnBytesMax)
+		bytesMax := learnBytesMax
+		if m.BytesMax > 0 && m.BytesMax < learnBytesMax {
+			bytesMax = int(m.BytesMax)
+		}
+		entries, err = r.store.Chosen(m.Slot, r.storedChosen, bytesMax)
 		if err != nil { // cut from the log, or unreadable: either way not to be had here
 			entries = nil
 		}
@@ -149,6 +184,13 @@ func (r *Replica) onLearn(m Message) {
 		r.choose(e.Slot, e.Entry)
 	}
 	if r.chosen > before {
+		if r.fetch.until != 0 && r.fetch.asked == m.From {
+			size := 0
+			for i := range m.Entries {
+				size += len(m.Entries[i].Entry.Payload)
+			}
+			r.fetch.pace(r.now.Sub(r.fetch.askedAt), size)
+		}
 		r.fetch.until, r.fetch.served, r.fetch.tried, r.fetch.snapshot = 0, m.From, r.fetch.tried[:0], false
 		r.learnCommitted()
 		r.afterLearning(before)

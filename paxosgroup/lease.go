@@ -95,6 +95,7 @@ func (r *Replica) onHeartbeatAck(m Message) {
 	p.leaseSentAt = max(p.leaseSentAt, m.SentAt)
 	r.cover(p, m)
 	r.noteAcked(p, min(m.Chosen, r.lead.next-1))
+	r.noteCaughtUp(p)
 	r.tryChange()
 	r.serveReads()
 }

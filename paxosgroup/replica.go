@@ -30,7 +30,6 @@ type slotState struct {
 	ballot Ballot
 	entry  Entry
 	acks   uint64 // bits of who has accepted, by bitTable
-	sentAt Instant
 }
 
 // ownRecord is a promise (slot 0) or acceptance by this very replica that
@@ -152,6 +151,7 @@ func New(cfg Config, st Restored, store Storage, now Instant) (*Replica, error) 
 	if cfg.RestartedWithState || !st.Promised.IsZero() || st.Chosen > 0 || len(st.Accepted) > 0 {
 		r.restartUntil = now.Add(cfg.LeaseDuration)
 	}
+	r.fetch.bytesMax = fetchBytesFirst
 	r.probeAt = now.Add(r.random(cfg.ElectionTimeoutMin))
 	r.resetElection(now)
 	return r, nil
@@ -438,7 +438,7 @@ func (r *Replica) Restart(now Instant, b Base) {
 	r.base, r.chosen, r.judge = b, b.Slot, b.Judge.Clone()
 	r.setMembership(b.Membership, b.Slot)
 	r.recordedChosen, r.configFlushed = r.chosen, b.Slot
-	r.fetch = fetchState{known: r.fetch.known, from: r.fetch.from}
+	r.fetch = fetchState{known: r.fetch.known, from: r.fetch.from, bytesMax: r.fetch.bytesMax}
 	r.persist(Record{Kind: RecordBase, Slot: b.Slot, Base: &b})
 	// The promise and what is accepted above the image outlive the old log.
 	if !r.promised.IsZero() {
@@ -448,6 +448,20 @@ func (r *Replica) Restart(now Instant, b Base) {
 		r.persist(Record{Kind: RecordAccept, Ballot: r.log[s].ballot, Slot: s, Entry: r.log[s].entry})
 	}
 	r.learnCommitted()
+}
+
+// Truncate makes the log start at b, which is what judge and membership were at
+// its slot: the entries up to there are chosen, and are no longer needed here.
+// Nothing else changes. A base that is not above the present one, or above the
+// chosen prefix, changes nothing at all.
+func (r *Replica) Truncate(now Instant, b Base) {
+	r.clock(now)
+	if b.Slot <= r.base.Slot || b.Slot > r.chosen {
+		return
+	}
+	b.Membership = b.Membership.normalized()
+	r.base = b
+	r.persist(Record{Kind: RecordBase, Slot: b.Slot, Base: &b})
 }
 
 // slots returns the slots above the chosen prefix that hold an entry, ascending.

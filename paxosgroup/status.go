@@ -18,9 +18,7 @@ func (r *Replica) Status() Status {
 	s.HandBackDue = r.handBackDue()
 	for _, p := range r.peers {
 		x := PeerStatus{ID: p.id, Chosen: p.chosen, Applied: p.applied, LastHeard: p.lastHeard, RoundTrip: p.rtt}
-		if p.sent > p.acked {
-			x.InFlight = int(p.sent - p.acked)
-		}
+		p.flow.status(&r.cfg, &x)
 		s.Peers = append(s.Peers, x)
 	}
 	return s

@@ -243,12 +243,12 @@ const (
 	MsgPreVoteReply MessageKind = 2  // Granted, or Ballot of what stands in the way
 	MsgPrepare      MessageKind = 3  // phase 1a over all slots from Slot on
 	MsgPromise      MessageKind = 4  // phase 1b: Accepted above the sender's Chosen, and Chosen
-	MsgAccept       MessageKind = 5  // phase 2a: Entries (consecutive or not) at Ballot
-	MsgAccepted     MessageKind = 6  // phase 2b: Slots accepted at Ballot
+	MsgAccept       MessageKind = 5  // phase 2a: Entries (consecutive or not) at Ballot; SentAt is echoed. None: what became of those before?
+	MsgAccepted     MessageKind = 6  // phase 2b: Slots accepted at Ballot. SentAt: of the last Accept this answers. Granted: nothing in it was refused
 	MsgReject       MessageKind = 7  // Ballot is promised, or a lease is honoured
 	MsgHeartbeat    MessageKind = 8  // lease request, Chosen; SentAt is echoed. SentAt 0: only Chosen, no lease, no ack. Transfer: Ballot's lease is released
 	MsgHeartbeatAck MessageKind = 9  // lease grant, the sender's Chosen and Applied
-	MsgFetch        MessageKind = 10 // send me chosen entries from Slot on
+	MsgFetch        MessageKind = 10 // send me chosen entries from Slot on, about BytesMax of them; 0 is as much as one sends
 	MsgLearn        MessageKind = 11 // chosen Entries from Slot on; Chosen of the sender
 	MsgTimeoutNow   MessageKind = 12 // campaign at once: leadership is handed to you
 	MsgNeedSnapshot MessageKind = 13 // what you fetch is below my base
@@ -283,6 +283,7 @@ type Message struct {
 	Life       uint64 // with Shared, and of a beat and its ack: which life of the sender's process
 	Generation uint64 // with Life: what of that life the beat, or the ack, stands for
 	ID         uint64 // of a MsgReadIndex and its reply
+	BytesMax   uint64 // of a MsgFetch
 }
 
 // Ready is what the caller owes the core, to be paid in field order.
@@ -379,7 +380,13 @@ type PeerStatus struct {
 	ID        ReplicaID
 	Chosen    Slot
 	Applied   Slot
-	InFlight  int
 	LastHeard Instant
-	RoundTrip time.Duration
+	RoundTrip time.Duration // of heartbeats, on average
+
+	// Of Accepts to it. Bytes count payloads and 64 an entry.
+	InFlight, InFlightBytes  int   // slots and bytes not answered yet
+	WindowSlots, WindowBytes int   // how much may be
+	RateSlots, RateBytes     int64 // greatest lately delivered in a second, or what little was asked for
+	MinRoundTrip             time.Duration
+	Behind                   bool // it catches up first, and is sent none
 }

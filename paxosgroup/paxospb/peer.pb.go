@@ -29,6 +29,7 @@ type Hello struct {
 	Sender        uint32                 `protobuf:"varint,2,opt,name=sender,proto3" json:"sender,omitempty"`     // replica id
 	Receiver      uint32                 `protobuf:"varint,3,opt,name=receiver,proto3" json:"receiver,omitempty"` // replica id
 	Version       uint32                 `protobuf:"varint,4,opt,name=version,proto3" json:"version,omitempty"`
+	Bulk          bool                   `protobuf:"varint,5,opt,name=bulk,proto3" json:"bulk,omitempty"` // the stream is for what may wait: chosen entries for one that catches up, large promises
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -89,6 +90,13 @@ func (x *Hello) GetVersion() uint32 {
 		return x.Version
 	}
 	return 0
+}
+
+func (x *Hello) GetBulk() bool {
+	if x != nil {
+		return x.Bulk
+	}
+	return false
 }
 
 type Frame struct {
@@ -474,6 +482,7 @@ type GroupMessage struct {
 	Life          uint64                 `protobuf:"fixed64,17,opt,name=life,proto3" json:"life,omitempty"`
 	Generation    uint64                 `protobuf:"varint,18,opt,name=generation,proto3" json:"generation,omitempty"`
 	Id            uint64                 `protobuf:"fixed64,19,opt,name=id,proto3" json:"id,omitempty"`
+	BytesMax      uint64                 `protobuf:"varint,20,opt,name=bytes_max,json=bytesMax,proto3" json:"bytes_max,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -641,18 +650,26 @@ func (x *GroupMessage) GetId() uint64 {
 	return 0
 }
 
+func (x *GroupMessage) GetBytesMax() uint64 {
+	if x != nil {
+		return x.BytesMax
+	}
+	return 0
+}
+
 var File_peer_proto protoreflect.FileDescriptor
 
 const file_peer_proto_rawDesc = "" +
 	"\n" +
 	"\n" +
-	"peer.proto\x12\x10quorate.paxos.v1\"t\n" +
+	"peer.proto\x12\x10quorate.paxos.v1\"\x88\x01\n" +
 	"\x05Hello\x12\x1d\n" +
 	"\n" +
 	"cluster_id\x18\x01 \x01(\tR\tclusterId\x12\x16\n" +
 	"\x06sender\x18\x02 \x01(\rR\x06sender\x12\x1a\n" +
 	"\breceiver\x18\x03 \x01(\rR\breceiver\x12\x18\n" +
-	"\aversion\x18\x04 \x01(\rR\aversion\"r\n" +
+	"\aversion\x18\x04 \x01(\rR\aversion\x12\x12\n" +
+	"\x04bulk\x18\x05 \x01(\bR\x04bulk\"r\n" +
 	"\x05Frame\x12-\n" +
 	"\x05hello\x18\x01 \x01(\v2\x17.quorate.paxos.v1.HelloR\x05hello\x12:\n" +
 	"\bmessages\x18\x02 \x03(\v2\x1e.quorate.paxos.v1.GroupMessageR\bmessages\"6\n" +
@@ -676,7 +693,7 @@ const file_peer_proto_rawDesc = "" +
 	"\rAcceptedEntry\x12\x12\n" +
 	"\x04slot\x18\x01 \x01(\x04R\x04slot\x120\n" +
 	"\x06ballot\x18\x02 \x01(\v2\x18.quorate.paxos.v1.BallotR\x06ballot\x12-\n" +
-	"\x05entry\x18\x03 \x01(\v2\x17.quorate.paxos.v1.EntryR\x05entry\"\xbf\x04\n" +
+	"\x05entry\x18\x03 \x01(\v2\x17.quorate.paxos.v1.EntryR\x05entry\"\xdc\x04\n" +
 	"\fGroupMessage\x12\x14\n" +
 	"\x05group\x18\x01 \x01(\rR\x05group\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\rR\x04kind\x12\x12\n" +
@@ -699,7 +716,8 @@ const file_peer_proto_rawDesc = "" +
 	"\n" +
 	"generation\x18\x12 \x01(\x04R\n" +
 	"generation\x12\x0e\n" +
-	"\x02id\x18\x13 \x01(\x06R\x02id2H\n" +
+	"\x02id\x18\x13 \x01(\x06R\x02id\x12\x1b\n" +
+	"\tbytes_max\x18\x14 \x01(\x04R\bbytesMax2H\n" +
 	"\x04Peer\x12@\n" +
 	"\bMessages\x12\x17.quorate.paxos.v1.Frame\x1a\x17.quorate.paxos.v1.Reply(\x010\x01B\x1cZ\x1aquorate/paxosgroup/paxospbb\x06proto3"
 

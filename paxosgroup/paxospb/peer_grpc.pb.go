@@ -29,7 +29,8 @@ const (
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
 //
 // Peer carries the messages of all groups from one sidecar to another. Each
-// direction has a stream of its own, opened by the sender.
+// direction has two streams of its own, opened by the sender on two connections:
+// one for what a quorum waits for, one for bulk.
 type PeerClient interface {
 	// The first frame is a hello; the receiver answers it with its own or ends
 	// the stream with FAILED_PRECONDITION and what does not fit. Frames without
@@ -64,7 +65,8 @@ type Peer_MessagesClient = grpc.BidiStreamingClient[Frame, Reply]
 // for forward compatibility.
 //
 // Peer carries the messages of all groups from one sidecar to another. Each
-// direction has a stream of its own, opened by the sender.
+// direction has two streams of its own, opened by the sender on two connections:
+// one for what a quorum waits for, one for bulk.
 type PeerServer interface {
 	// The first frame is a hello; the receiver answers it with its own or ends
 	// the stream with FAILED_PRECONDITION and what does not fit. Frames without

@@ -77,6 +77,7 @@ const (
 	messageLife       = 17
 	messageGeneration = 18
 	messageID         = 19
+	messageBytesMax   = 20
 
 	ballotCounter = 1
 	ballotReplica = 2
@@ -180,6 +181,9 @@ func sizeMessage(g *GroupMessage) int {
 	}
 	if m.Generation != 0 {
 		n += 2 + sizeVarint(m.Generation)
+	}
+	if m.BytesMax != 0 {
+		n += 2 + sizeVarint(m.BytesMax)
 	}
 	if m.ID != 0 {
 		n += 2 + 8
@@ -343,6 +347,7 @@ func (e *encoder) message(g *GroupMessage) {
 	e.fixed(messageLife, m.Life)
 	e.uint(messageGeneration, m.Generation)
 	e.fixed(messageID, m.ID)
+	e.uint(messageBytesMax, m.BytesMax)
 }
 
 var errMalformed = errors.New("malformed frame")
@@ -491,6 +496,8 @@ func (d *decoder) message(b []byte, g *GroupMessage) error {
 			m.Shared = v != 0
 		case messageLife:
 			m.Life = v
+		case messageBytesMax:
+			m.BytesMax = v
 		case messageGeneration:
 			m.Generation = v
 		case messageID:

@@ -217,11 +217,15 @@ func (g *EngineGroup) deliver(entries []paxosgroup.Delivered) {
 	g.proposals.tell()
 }
 
-// restarted forgets what an image has replaced.
+// restarted forgets what an image has replaced, or what was cut.
 func (g *EngineGroup) restarted(b paxosgroup.Base) {
-	g.needImage.Store(false)
 	g.guard.Lock()
 	defer g.guard.Unlock()
+	if b.Slot <= g.history.last && b.Slot >= g.history.base.Slot {
+		g.history.cut(b)
+		return
+	}
+	g.needImage.Store(false)
 	g.recent.reset()
 	g.history = newHistory(b)
 	if g.engine.moved != nil {
@@ -335,6 +339,21 @@ func (g *EngineGroup) Restart(now paxosgroup.Instant, b paxosgroup.Base) error {
 		return fmt.Errorf("restart group %d at slot %d: %w", g.id, b.Slot, err)
 	}
 	g.core.Restart(now, b)
+	g.engine.touch(g)
+	return nil
+}
+
+// Truncate cuts the log at and below a chosen slot; below the base it does
+// nothing. The entries are not readable from then on.
+func (g *EngineGroup) Truncate(now paxosgroup.Instant, slot paxosgroup.Slot) error {
+	if slot <= g.core.Status().Base {
+		return nil
+	}
+	b, err := g.BaseAt(slot)
+	if err != nil {
+		return err
+	}
+	g.core.Truncate(now, b)
 	g.engine.touch(g)
 	return nil
 }

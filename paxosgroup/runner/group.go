@@ -133,6 +133,14 @@ func (g *Group) Restart(ctx context.Context, b paxosgroup.Base) error {
 	return g.runner.ask(ctx, func(now paxosgroup.Instant) error { return g.engine.Restart(now, b) })
 }
 
+// Truncate cuts the log at and below a chosen slot and returns when that is
+// recorded in order, though perhaps not flushed yet; at or below the base it does
+// nothing. Whoever reads an entry that is cut gets ErrCompacted, and a peer that
+// fetches it is told to load an image.
+func (g *Group) Truncate(ctx context.Context, slot paxosgroup.Slot) error {
+	return g.runner.ask(ctx, func(now paxosgroup.Instant) error { return g.engine.Truncate(now, slot) })
+}
+
 // Transfer hands leadership to another voter and returns when it leads, or says
 // why it does not.
 func (g *Group) Transfer(ctx context.Context, to paxosgroup.ReplicaID) error {

@@ -140,3 +140,45 @@ func TestBootTimeGoesOn(t *testing.T) {
 		t.Errorf("%v passed", d)
 	}
 }
+
+// TestHistoryCut: a cut history says of what is left the same as a whole one.
+func TestHistoryCut(t *testing.T) {
+	rng := rand.New(rand.NewPCG(1, 2))
+	m := paxosgroup.Membership{Members: []paxosgroup.Member{{ID: 1, Region: "r1", Kind: paxosgroup.Voter}}, NextID: 2}
+	whole := newHistory(paxosgroup.Base{Membership: m})
+	part := newHistory(paxosgroup.Base{Membership: m})
+	var term, number uint64
+	for range 2000 {
+		var e paxosgroup.Entry
+		switch rng.IntN(12) {
+		case 0:
+			term++
+			number = 0
+			e = paxosgroup.Entry{Kind: paxosgroup.KindOpening, Term: paxosgroup.Ballot{Counter: term, Replica: 1}}
+		case 1:
+			e = paxosgroup.Entry{Kind: paxosgroup.KindNoOp}
+		case 2:
+			n := whole.membership
+			n.Epoch++
+			n.NextID++
+			e = paxosgroup.Entry{Kind: paxosgroup.KindConfig, Payload: paxosgroup.EncodeMembership(n)}
+		default:
+			number += 1 + uint64(rng.IntN(20)/19)
+			e = paxosgroup.Entry{Kind: paxosgroup.KindData, Term: paxosgroup.Ballot{Counter: term, Replica: 1}, Number: number}
+		}
+		whole.add(e)
+		part.add(e)
+		if rng.IntN(50) == 0 {
+			b, _, _ := part.at(part.base.Slot + paxosgroup.Slot(rng.Uint64N(uint64(part.last-part.base.Slot)+1)))
+			part.cut(b)
+		}
+		s := part.base.Slot + paxosgroup.Slot(rng.Uint64N(uint64(part.last-part.base.Slot)+1))
+		got, _, _ := part.at(s)
+		if want, _, _ := whole.at(s); !reflect.DeepEqual(got, want) {
+			t.Fatalf("cut at %d, at slot %d: %+v, want %+v", part.base.Slot, s, got, want)
+		}
+		if s > part.base.Slot && part.verdict(s) != whole.verdict(s) {
+			t.Fatalf("cut at %d, slot %d is judged %d, want %d", part.base.Slot, s, part.verdict(s), whole.verdict(s))
+		}
+	}
+}

@@ -111,7 +111,7 @@ func (w *world) describe() string {
 			continue
 		}
 		s := n.core.Status()
-		out += fmt.Sprintf("\n  %d: %v leader %d ballot %v promised %v base %d chosen %d delivered %d members %v", n.id, s.Role, s.Leader, s.Ballot, s.Promised, s.Base, s.Chosen, n.delivered, s.Membership)
+		out += fmt.Sprintf("\n  %d: %v leader %d ballot %v promised %v base %d last %d chosen %d delivered %d members %v peers %+v", n.id, s.Role, s.Leader, s.Ballot, s.Promised, s.Base, s.LastSlot, s.Chosen, n.delivered, s.Membership, s.Peers)
 	}
 	return out
 }
