@@ -83,7 +83,7 @@ func (r *Replica) deferToPreferred(t time.Duration) {
 }
 
 func (r *Replica) canCampaign() bool {
-	return r.membership.leads(r.cfg.ID) && r.electable && r.now >= r.restartUntil
+	return r.membership.leads(r.cfg.ID) && r.electable && r.now >= r.restartUntil && !r.fetch.image
 }
 
 func (r *Replica) onElectionTimeout() {

@@ -12,11 +12,18 @@ type fetchState struct {
 	until    Instant   // an answer is awaited until then; 0 if none is
 	asked    ReplicaID
 	served   ReplicaID   // the last one that had what was asked for
-	tried    []ReplicaID // without success since the last one
-	snapshot bool        // one of tried no longer holds what is missing
+	tried    []ReplicaID // without success in this round
+	missing  Slot        // what this and earlier rounds ask for
 	askedAt  Instant
-	bytesMax int // of the next answer
+	below    bool // one of tried no longer holds what is missing: it is below its base
+	doubtful bool // one of tried is there and has not answered
+	rounds   int  // whole rounds that found only that
+	image    bool // only an image helps, as of the last round
+	bytesMax int  // of the next answer
 }
+
+// imageRounds is how many rounds in a row must find that only an image helps.
+const imageRounds = 2
 
 // An answer is as large as comes in about fetchTime: large enough that the round
 // trip is not what counts, and not so large that a slow link is taken for long.
@@ -95,6 +102,9 @@ func (r *Replica) learnOf(s Slot, from ReplicaID) {
 
 func (r *Replica) tickFetch() {
 	f := &r.fetch
+	if f.missing != r.chosen+1 {
+		f.missing, f.tried, f.below, f.doubtful, f.rounds, f.image = r.chosen+1, f.tried[:0], false, false, 0, false
+	}
 	if r.chosen >= f.known {
 		f.until = 0
 		return
@@ -103,22 +113,57 @@ func (r *Replica) tickFetch() {
 		if r.now < f.until {
 			return
 		}
-		f.tried = append(f.tried, f.asked)
+		if f.asked != 0 {
+			if p := r.peer(f.asked); p != nil && p.lastHeard > f.askedAt {
+				f.doubtful = true
+			}
+			f.tried = append(f.tried, f.asked)
+			f.bytesMax /= 4 // perhaps it was too much
+		}
 	}
 	to, ok := r.fetchPeer()
 	if !ok { // a whole round without success
-		if f.snapshot {
-			r.pending.Snapshot = true
-		}
-		f.tried, f.snapshot = f.tried[:0], false
-		to, _ = r.fetchPeer()
-	}
-	if f.until != 0 {
-		f.bytesMax /= 4 // perhaps it was too much
+		r.endFetchRound()
+		return
 	}
 	f.bytesMax = max(f.bytesMax, fetchBytesMin)
 	f.asked, f.askedAt, f.until = to, r.now, r.now.Add(2*r.electionTimeout()+fetchTime)
-	r.send(Message{Kind: MsgFetch, To: to, Slot: r.chosen + 1, Chosen: r.chosen, BytesMax: uint64(f.bytesMax)})
+	r.send(Message{Kind: MsgFetch, To: to, Slot: f.missing, Chosen: r.chosen, BytesMax: uint64(f.bytesMax)})
+}
+
+// endFetchRound asks for an image if that is all that helps: what is missing is
+// below the base of a peer, every other one that is there has said that it
+// cannot serve it, and all of it was so the last time. A round is followed by a
+// rest, for by then every answer may be a quick one.
+func (r *Replica) endFetchRound() {
+	f := &r.fetch
+	if f.below && !f.doubtful {
+		f.rounds++
+	} else {
+		f.rounds = 0
+	}
+	f.image = f.rounds >= imageRounds
+	f.tried, f.below, f.doubtful = f.tried[:0], false, false
+	f.asked, f.until = 0, r.now.Add(r.electionTimeout())
+	if !f.image {
+		return
+	}
+	r.pending.Snapshot = true
+	if r.stage == preparing && r.chosen < r.lead.promisedChosen {
+		// It cannot have the prefix that it would lead from.
+		r.failCandidacy()
+	}
+}
+
+// couldNotServe takes in that the peer asked has not got what is missing.
+func (r *Replica) couldNotServe(from ReplicaID, slot Slot, below bool) {
+	f := &r.fetch
+	if f.until == 0 || from != f.asked || slot != f.missing {
+		return
+	}
+	f.below = f.below || below
+	f.tried, f.asked, f.until = append(f.tried, from), 0, r.now
+	r.tickFetch()
 }
 
 // fetchPeer returns whom to ask: who served before, then the leader, then who
@@ -141,7 +186,7 @@ func (r *Replica) fetchPeer() (ReplicaID, bool) {
 			return p.id, true
 		}
 	}
-	return r.fetch.from, false
+	return 0, false
 }
 
 func (r *Replica) onFetch(m Message) {
@@ -149,8 +194,14 @@ func (r *Replica) onFetch(m Message) {
 		p.chosen = max(p.chosen, m.Chosen)
 		r.noteCaughtUp(p)
 	}
-	if m.Slot == 0 || m.Slot > r.storedChosen {
-		return // what was chosen since the last Ready is not in Storage yet
+	if m.Slot == 0 {
+		return
+	}
+	if m.Slot > r.storedChosen {
+		if m.Slot > r.chosen { // else it is only not in Storage yet
+			r.send(Message{Kind: MsgLearn, To: m.From, Slot: m.Slot, Chosen: r.chosen})
+		}
+		return
 	}
 	var entries []SlotEntry
 	if m.Slot > r.base.Slot {
@@ -191,9 +242,12 @@ func (r *Replica) onLearn(m Message) {
 			}
 			r.fetch.pace(r.now.Sub(r.fetch.askedAt), size)
 		}
-		r.fetch.until, r.fetch.served, r.fetch.tried, r.fetch.snapshot = 0, m.From, r.fetch.tried[:0], false
+		r.fetch.until, r.fetch.served, r.fetch.tried = 0, m.From, r.fetch.tried[:0]
 		r.learnCommitted()
 		r.afterLearning(before)
+	}
+	if len(m.Entries) == 0 {
+		r.couldNotServe(m.From, m.Slot, false)
 	}
 	r.learnOf(m.Chosen, m.From)
 }
@@ -212,11 +266,7 @@ func (r *Replica) deposedBy(e SlotEntry) bool {
 }
 
 func (r *Replica) onNeedSnapshot(m Message) {
-	f := &r.fetch
-	if f.until == 0 || m.From != f.asked {
-		return
-	}
-	f.snapshot = true
-	f.until = r.now
-	r.tickFetch()
+	// One that holds nothing of it above its base cannot read its own log: it
+	// says nothing of what was cut.
+	r.couldNotServe(m.From, r.fetch.missing, m.Slot >= r.fetch.missing)
 }

@@ -223,6 +223,7 @@ func (g *EngineGroup) restarted(b paxosgroup.Base) {
 	defer g.guard.Unlock()
 	if b.Slot <= g.history.last && b.Slot >= g.history.base.Slot {
 		g.history.cut(b)
+		g.recent.cut(b.Slot)
 		return
 	}
 	g.needImage.Store(false)
