@@ -50,6 +50,14 @@ func (r *Replica) Brief() Brief {
 	return b
 }
 
+// LeaseUntil is Status().LeaseUntil; it costs no allocation.
+func (r *Replica) LeaseUntil() Instant {
+	if r.role != Leader {
+		return 0
+	}
+	return r.reportedLease()
+}
+
 // Leading returns the ballot in which this replica leads, or none.
 func (r *Replica) Leading() (Ballot, bool) {
 	if r.role != Leader {

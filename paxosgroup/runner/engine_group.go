@@ -383,3 +383,9 @@ func (g *EngineGroup) notLeader(err error) error {
 	b := g.core.Brief()
 	return &NotLeaderError{Leader: b.Leader, Ballot: b.Ballot}
 }
+
+// Brief is Replica.Brief, which costs no allocation.
+func (g *EngineGroup) Brief() paxosgroup.Brief { return g.core.Brief() }
+
+// LeaseUntil is Status().LeaseUntil, without the cost of a Status.
+func (g *EngineGroup) LeaseUntil() paxosgroup.Instant { return g.core.LeaseUntil() }

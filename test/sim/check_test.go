@@ -3,8 +3,10 @@ package sim
 import (
 	"bytes"
 	"fmt"
+	"time"
 
 	"quorate/paxosgroup"
+	"quorate/paxosgroup/runner"
 )
 
 type vote struct {
@@ -12,27 +14,37 @@ type vote struct {
 	ballot paxosgroup.Ballot
 }
 
-// checker watches from outside. It keeps the first fault it finds.
-type checker struct {
-	err error
+// groupCheck watches one group from outside. It shares nothing with the code it
+// watches but types.
+type groupCheck struct {
+	w  *world
+	id paxosgroup.GroupID
 
 	log        []paxosgroup.Delivered // log[s-1] is slot s, as first handed out
-	bases      []paxosgroup.Base      // bases[s] is the state after slot s
 	membership paxosgroup.Membership  // governs slot len(log)+1
 	order      *primaryOrder
-	votes      map[vote]map[paxosgroup.ReplicaID]paxosgroup.Entry
+	votes      map[vote]*ballotVotes
+	votesFrom  paxosgroup.Slot // there are none below
+	kv         *store
 
-	void, terms, seeded, changes int
+	void, terms, changes int
+	offeredAt            time.Duration
 }
 
-func newChecker() *checker {
-	return &checker{order: newPrimaryOrder(), votes: map[vote]map[paxosgroup.ReplicaID]paxosgroup.Entry{}}
+// ballotVotes is the value of a slot at a ballot, and who has flushed it.
+type ballotVotes struct {
+	entry paxosgroup.Entry
+	by    map[paxosgroup.ReplicaID]bool
 }
 
-func (c *checker) fail(format string, args ...any) {
-	if c.err == nil {
-		c.err = fmt.Errorf(format, args...)
+func newGroupCheck(w *world, id paxosgroup.GroupID, first paxosgroup.Membership) *groupCheck {
+	return &groupCheck{
+		w: w, id: id, membership: first, order: newPrimaryOrder(), votes: map[vote]*ballotVotes{}, votesFrom: 1, kv: newStore(),
 	}
+}
+
+func (c *groupCheck) fail(format string, args ...any) {
+	c.w.fail("group %d: "+format, append([]any{c.id}, args...)...)
 }
 
 func sameEntry(a, b paxosgroup.Entry) bool {
@@ -40,37 +52,59 @@ func sameEntry(a, b paxosgroup.Entry) bool {
 		a.Incarnation == b.Incarnation && bytes.Equal(a.Payload, b.Payload)
 }
 
-func (c *checker) baseAt(s paxosgroup.Slot) paxosgroup.Base {
-	return c.bases[s]
+// observe looks at what a host's process shows of the group after it did something.
+func (c *groupCheck) observe(h *host, g *runner.EngineGroup, v *view) {
+	moved := g.Chosen() > v.delivered
+	for g.Chosen() > v.delivered {
+		ds, err := g.Read(v.delivered+1, 1<<20)
+		if err != nil || len(ds) == 0 {
+			c.fail("host %d cannot read slot %d, chosen up to %d: %v", h.id, v.delivered+1, g.Chosen(), err)
+			return
+		}
+		c.delivered(h, v, ds)
+	}
+	lease := g.LeaseUntil()
+	if lease != v.leaseUntil {
+		v.leaseUntil = lease
+		c.lease(h)
+	}
+	if v.looks++; v.looks%32 == 0 {
+		c.status(h, g, v)
+	}
+	if g.NeedsSnapshot() {
+		c.seed(h, v)
+	}
+	if moved {
+		c.w.applied(h, c)
+	}
 }
 
-func (c *checker) delivered(n *node, ds []paxosgroup.Delivered) {
+func (c *groupCheck) delivered(h *host, v *view, ds []paxosgroup.Delivered) {
 	for _, d := range ds {
-		if d.Slot != n.delivered+1 {
-			c.fail("replica %d is handed slot %d after %d", n.id, d.Slot, n.delivered)
+		if d.Slot != v.delivered+1 {
+			c.fail("host %d is handed slot %d after %d", h.id, d.Slot, v.delivered)
+			return
 		}
-		n.delivered = d.Slot
+		v.delivered = d.Slot
 		switch at := int(d.Slot) - 1; {
 		case at < len(c.log):
 			if have := c.log[at]; !sameEntry(have.Entry, d.Entry) || have.Verdict != d.Verdict {
-				c.fail("slot %d: replica %d is handed %s, before it was %s", d.Slot, n.id, show(d), show(have))
+				c.fail("slot %d: host %d is handed %s, before it was %s", d.Slot, h.id, show(d), show(have))
 			}
 		case at == len(c.log):
-			c.first(n, d)
+			c.first(h, d)
 		default:
-			c.fail("replica %d is handed slot %d, nobody was handed %d", n.id, d.Slot, len(c.log)+1)
+			c.fail("host %d is handed slot %d, nobody was handed %d", h.id, d.Slot, len(c.log)+1)
 		}
 	}
 }
 
 // first takes in a slot that nobody was handed before.
-func (c *checker) first(n *node, d paxosgroup.Delivered) {
-	if len(c.bases) == 0 {
-		c.bases = append(c.bases, paxosgroup.Base{Membership: c.membership})
-	}
+func (c *groupCheck) first(h *host, d paxosgroup.Delivered) {
 	if !c.durable(d) {
-		c.fail("slot %d: %s is handed to replica %d, but no quorum has flushed it", d.Slot, show(d), n.id)
+		c.fail("slot %d: %s is handed to host %d, but no quorum has flushed it", d.Slot, show(d), h.id)
 	}
+	c.w.note(3, uint64(c.id), uint64(d.Slot), d.Entry.Term.Counter, d.Entry.Number, uint64(d.Verdict))
 	c.log = append(c.log, d)
 	if err := c.order.next(d); err != nil {
 		c.fail("slot %d: %w", d.Slot, err)
@@ -78,104 +112,180 @@ func (c *checker) first(n *node, d paxosgroup.Delivered) {
 	if d.Verdict == paxosgroup.Void {
 		c.void++
 	}
-	if d.Entry.Kind == paxosgroup.KindOpening && d.Verdict == paxosgroup.Effective {
+	switch {
+	case d.Entry.Kind == paxosgroup.KindOpening && d.Verdict == paxosgroup.Effective:
 		c.terms++
+	case d.Entry.Kind == paxosgroup.KindData && d.Verdict == paxosgroup.Effective:
+		c.kv.apply(d)
+	case d.Entry.Kind == paxosgroup.KindConfig:
+		if m, err := paxosgroup.DecodeMembership(d.Entry.Payload); err == nil && m.Epoch == c.membership.Epoch+1 {
+			c.membership = m
+			c.changes++
+		}
 	}
-	if m, ok := c.membership.Next(d.Entry); ok {
-		c.membership = m
-		c.changes++
-	}
-	last := c.bases[len(c.bases)-1]
-	last.Slot, last.Membership = d.Slot, c.membership
-	if d.Entry.Kind == paxosgroup.KindOpening && d.Verdict == paxosgroup.Effective {
-		last.Judge = paxosgroup.Judge{Term: d.Entry.Term, Region: d.Entry.Region, Incarnation: d.Entry.Incarnation, Next: 1}
-	} else if d.Entry.Kind == paxosgroup.KindData && d.Verdict == paxosgroup.Effective {
-		last.Judge.Next++
-	}
-	c.bases = append(c.bases, last)
 }
 
 // durable looks for a ballot at which a quorum of the slot's membership has
 // flushed the entry.
-func (c *checker) durable(d paxosgroup.Delivered) bool {
-	for v, by := range c.votes {
-		if v.slot == d.Slot && c.membership.HasPhase2(func(id paxosgroup.ReplicaID) bool {
-			e, ok := by[id]
-			return ok && sameEntry(e, d.Entry)
-		}) {
+func (c *groupCheck) durable(d paxosgroup.Delivered) bool {
+	for v, b := range c.votes {
+		if v.slot == d.Slot && sameEntry(b.entry, d.Entry) && isPhase2Quorum(c.membership, b.by) {
 			return true
 		}
 	}
 	return false
 }
 
-func (c *checker) flushed(n *node, r paxosgroup.Record) {
-	if r.Kind != paxosgroup.RecordAccept || int(r.Slot) <= len(c.log) {
+// isPhase2Quorum counts for itself: of each configuration, as many of those that
+// vote as it asks for, or more than half.
+func isPhase2Quorum(m paxosgroup.Membership, by map[paxosgroup.ReplicaID]bool) bool {
+	enough := func(members []paxosgroup.Member, want int) bool {
+		yes, all := 0, 0
+		for _, x := range members {
+			if x.Kind == paxosgroup.Learner {
+				continue
+			}
+			all++
+			if by[x.ID] {
+				yes++
+			}
+		}
+		if want == 0 {
+			want = all/2 + 1
+		}
+		return yes >= want
+	}
+	if !enough(m.Members, m.Phase2) {
+		return false
+	}
+	return m.Outgoing == nil || enough(m.Outgoing.Members, m.Outgoing.Phase2)
+}
+
+// flushed takes in what is on a host's disk.
+func (c *groupCheck) flushed(h *host, recs []paxosgroup.Record) {
+	for _, r := range recs {
+		if r.Kind == paxosgroup.RecordAccept {
+			c.accepted(h, r.Slot, r.Ballot, r.Entry)
+		}
+	}
+}
+
+func (c *groupCheck) accepted(h *host, s paxosgroup.Slot, ballot paxosgroup.Ballot, e paxosgroup.Entry) {
+	if int(s) <= len(c.log) {
 		return
 	}
-	v := vote{r.Slot, r.Ballot}
-	if c.votes[v] == nil {
-		c.votes[v] = map[paxosgroup.ReplicaID]paxosgroup.Entry{}
+	v := vote{s, ballot}
+	b := c.votes[v]
+	if b == nil {
+		b = &ballotVotes{entry: e, by: map[paxosgroup.ReplicaID]bool{}}
+		c.votes[v] = b
+	} else if !sameEntry(b.entry, e) {
+		c.fail("slot %d at ballot %v: host %d accepted another entry than was accepted before", s, ballot, h.id)
 	}
-	for id, e := range c.votes[v] {
-		if !sameEntry(e, r.Entry) {
-			c.fail("slot %d at ballot %v: replicas %d and %d accepted different entries", r.Slot, r.Ballot, id, n.id)
+	b.by[h.id] = true
+	if len(c.votes) > 256 && int(c.votesFrom)+64 < len(c.log) { // what is handed out needs no proof any more
+		for old := range c.votes {
+			if int(old.slot) <= len(c.log) {
+				delete(c.votes, old)
+			}
 		}
-	}
-	c.votes[v][n.id] = r.Entry
-	for old := range c.votes { // what is handed out needs no proof any more
-		if int(old.slot) <= len(c.log) {
-			delete(c.votes, old)
-		}
+		c.votesFrom = paxosgroup.Slot(len(c.log) + 1)
 	}
 }
 
 // sent keeps what a message says its sender will never forget.
-func (c *checker) sent(n *node, m paxosgroup.Message) {
+func (c *groupCheck) sent(h *host, m paxosgroup.Message) {
 	switch m.Kind {
 	case paxosgroup.MsgPromise, paxosgroup.MsgAccepted, paxosgroup.MsgPrepare:
-		if n.vouched.Less(m.Ballot) {
-			n.vouched = m.Ballot
+		if v := h.view(c.id); v.vouched.Less(m.Ballot) {
+			v.vouched = m.Ballot
 		}
 	}
 }
 
-func (c *checker) restarted(n *node, st paxosgroup.Restored) {
-	p := st.Promised
-	if p.Less(n.vouched) {
-		c.fail("replica %d restarts with promise %v, but has sent what rests on %v", n.id, p, n.vouched)
+func (c *groupCheck) restarted(h *host, st paxosgroup.Restored) {
+	v := h.view(c.id)
+	if st.Promised.Less(v.vouched) {
+		c.fail("host %d restarts with promise %v, but has sent what rests on %v", h.id, st.Promised, v.vouched)
 	}
-	n.promised = p
+	v.promised = st.Promised
+	// What was written and not flushed may have been kept.
+	for _, a := range st.Accepted {
+		c.accepted(h, a.Slot, a.Ballot, a.Entry)
+	}
 }
 
-func (c *checker) status(w *world, n *node) {
-	s := n.core.Status()
-	if s.Promised.Less(n.promised) {
-		c.fail("promise of replica %d falls from %v to %v", n.id, n.promised, s.Promised)
+// status looks at what takes longer to come by.
+func (c *groupCheck) status(h *host, g *runner.EngineGroup, v *view) {
+	s := g.Status()
+	if s.Promised.Less(v.promised) {
+		c.fail("promise of host %d falls from %v to %v", h.id, v.promised, s.Promised)
 	}
-	n.promised = s.Promised
-	n.leaseUntil = s.LeaseUntil
-}
-
-// leases looks at what every replica believes, by its own clock, also while it
-// is paused: it will look at that clock when it wakes.
-func (c *checker) leases(w *world) {
-	var holder *node
-	for _, n := range w.nodes {
-		if n.core == nil || n.leaseUntil <= n.clock(w.now) {
-			continue
+	v.promised = s.Promised
+	if s.Role != paxosgroup.Leader {
+		return
+	}
+	if s.LastSlot > s.Chosen+8*windowSlots {
+		c.fail("leader %d has proposed up to slot %d, chosen up to %d", h.id, s.LastSlot, s.Chosen)
+	}
+	for _, p := range s.Peers {
+		if p.InFlight > 8*windowSlots {
+			c.fail("leader %d has %d slots on their way to %d", h.id, p.InFlight, p.ID)
 		}
-		if holder != nil {
-			c.fail("replicas %d and %d both hold the lease at %v", holder.id, n.id, w.now)
-		}
-		holder = n
+	}
+	if q := h.log.Stats().Queued; q > 4<<20 {
+		c.fail("%d bytes wait for the disk of host %d", q, h.id)
 	}
 }
 
-func (c *checker) offered(term paxosgroup.Ballot, number uint64, payload []byte) {
-	if err := c.order.offer(term, number, payload); err != nil {
-		c.fail("%w", err)
+// lease is called when what h believes of its lease has changed: nobody else may
+// believe, by its own clock, that it has one, not even one that is paused: it
+// will look at that clock when it wakes.
+func (c *groupCheck) lease(h *host) {
+	if c.w.leaseUnsafe || h.view(c.id).leaseUntil <= h.clock() {
+		return
 	}
+	for _, o := range c.w.hosts {
+		if o != h && o.engine != nil && o.view(c.id).leaseUntil > o.clock() {
+			c.fail("hosts %d and %d both hold the lease at %v", h.id, o.id, c.w.now)
+		}
+	}
+}
+
+// seed gives a replica that fell behind every log an image of another's state.
+func (c *groupCheck) seed(h *host, v *view) {
+	var from *host
+	for _, o := range c.w.hosts {
+		if o != h && o.up() && o.view(c.id).delivered > v.delivered && (from == nil || o.view(c.id).delivered > from.view(c.id).delivered) {
+			from = o
+		}
+	}
+	if from == nil {
+		return
+	}
+	base, err := from.group(c.id).BaseAt(from.view(c.id).delivered)
+	if err != nil {
+		c.fail("host %d has no base at slot %d: %v", from.id, from.view(c.id).delivered, err)
+		return
+	}
+	life := h.life
+	c.w.after(50*time.Millisecond, func() {
+		if h.life != life || !h.up() || base.Slot <= v.delivered {
+			return
+		}
+		h.turn(func(now paxosgroup.Instant) {
+			g := h.group(c.id)
+			if err := g.Restart(now, base); err != nil {
+				c.fail("host %d cannot be seeded: %v", h.id, err)
+				return
+			}
+			if base.Slot > g.Chosen() {
+				// The history follows when the engine settles.
+				v.delivered = base.Slot
+			}
+			c.w.seeded++
+		})
+	})
 }
 
 // primaryOrder checks what regions would make of a log with its verdicts.
@@ -190,6 +300,7 @@ func newPrimaryOrder() *primaryOrder {
 	return &primaryOrder{offers: map[paxosgroup.Ballot][][]byte{}, closed: map[paxosgroup.Ballot]bool{}}
 }
 
+// offer takes in what a leader was handed and took, and the number it gave it.
 func (p *primaryOrder) offer(term paxosgroup.Ballot, number uint64, payload []byte) error {
 	if int(number) != len(p.offers[term])+1 {
 		return fmt.Errorf("term %v: number %d offered after %d", term, number, len(p.offers[term]))
@@ -200,6 +311,11 @@ func (p *primaryOrder) offer(term paxosgroup.Ballot, number uint64, payload []by
 
 func (p *primaryOrder) next(d paxosgroup.Delivered) error {
 	e := d.Entry
+	if e.Kind == paxosgroup.KindData && e.Term == p.term && d.Verdict == paxosgroup.Void && int(e.Number) == p.done+1 {
+		// A retry of what is effective already takes its number all the same.
+		p.done++
+		return nil
+	}
 	if d.Verdict != paxosgroup.Effective {
 		return nil
 	}

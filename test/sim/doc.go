@@ -1,24 +1,33 @@
-// Package sim runs the consensus core of all five regions in one goroutine,
-// under a clock, a network and disks of its own, driven by one seed. The same
-// seed makes the same run, message for message.
+// Package sim runs the regions of a cluster in one goroutine, under clocks, a
+// network and disks of its own, driven by one seed. The same seed makes the same
+// run, event for event.
 //
-// What is faked is only what the core is handed from outside. Messages are
-// lost, repeated, delayed, reordered and cut off in one direction or both;
-// replicas crash, losing what was not flushed, are paused, and have clocks that
-// run at different rates; leadership is moved, members are replaced, logs are
-// cut and replicas seeded from images.
+// What runs is what is shipped: the consensus core, the engine that drives it,
+// client sessions and reads, and the slot log with its recovery. What is faked
+// is what these are handed from outside: time, the transport, the file system
+// (paxosgroup/slotlog/simdisk) and the database, which is a few registers.
 //
-// Checked at every step, by code that shares nothing with the core but its
+// A plan is drawn from the seed before the world begins: members of all kinds,
+// quorum sizes, groups, clients, how bad the network is, and a list of faults
+// with their times (faultKinds). What fails is run again without this or that,
+// until little is left (shrink), which is printed with the seed.
+//
+// Checked at every step, by code that shares nothing with what it checks but
 // types:
 //
 //   - agreement: no two replicas are handed different entries, or verdicts, in
 //     one slot, nor any replica a slot out of turn;
 //   - durability: an entry is handed out only when a phase-2 quorum of the
-//     membership that governs its slot has flushed it at one ballot;
+//     membership that governs its slot has flushed it at one ballot, so it can
+//     not be lost; no ballot has two values in a slot;
 //   - promises: none falls, and none that was sent is forgotten by a crash;
 //   - primary order: the effective data entries of a term are a prefix of what
-//     its leader offered, and a term ends where the next one opens;
-//   - lease: never do two replicas believe that they hold it.
+//     its leader offered, a term ends where the next one opens, and no write is
+//     effective twice, however often it was proposed;
+//   - lease: never do two replicas believe that they hold it;
+//   - memory: windows and queues stay within their bounds.
 //
-// When the faults end there must be progress, and all replicas become equal.
+// What clients saw of their writes and reads must be linearizable (porcupine).
+// When the faults end there must be progress within a bounded time, all replicas
+// become equal, and one leader stays.
 package sim

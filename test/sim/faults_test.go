@@ -1,229 +1,389 @@
 package sim
 
 import (
+	"errors"
+	"math/rand/v2"
+	"slices"
 	"time"
 
 	"quorate/paxosgroup"
+	"quorate/paxosgroup/runner"
+	"quorate/paxosgroup/slotlog/simdisk"
 )
 
-// chaos starts everything that goes wrong, for as long as on says so.
+// chaos brings a plan about.
 type chaos struct {
-	w  *world
-	on bool
-
-	replacing bool
-	old       paxosgroup.ReplicaID
-	fresh     paxosgroup.ReplicaID
-	region    string
-	since     time.Duration
-	kinds     map[string]int
+	w    *world
+	plan plan
+	over bool
+	lost *host // its disk is, and it is a member yet
+	done map[string]int
 }
 
-func (c *chaos) every(mean time.Duration, do func()) {
-	c.w.after(time.Duration(c.w.rng.Int64N(int64(2*mean))), func() {
-		if c.on {
-			do()
-			c.every(mean, do)
-		}
-	})
-}
+const hostsMax = 14
 
-// begin draws how bad this world is, and lets it begin.
+var errDisk = errors.New("input/output error of the simulated disk")
+
 func (c *chaos) begin() {
-	w := c.w
-	c.on, c.kinds = true, map[string]int{}
-	w.loss = []float64{0, 0.01, 0.05, 0.2}[w.rng.IntN(4)]
-	w.repeat = []float64{0, 0.02, 0.1}[w.rng.IntN(3)]
-	w.slow = []float64{0, 0.005, 0.03}[w.rng.IntN(3)]
-	w.delayMax = []time.Duration{2, 20, 60, 120}[w.rng.IntN(4)] * time.Millisecond
-	w.flushMax = []time.Duration{1, 5, 50}[w.rng.IntN(3)] * time.Millisecond
-	c.every(time.Duration(5+w.rng.IntN(60))*time.Millisecond, c.propose)
-	faults := []struct {
-		name string
-		mean time.Duration
-		do   func() bool
-	}{
-		{"crash", 1500 * time.Millisecond, c.crash},
-		{"pause", 2500 * time.Millisecond, c.pause},
-		{"cut", 2 * time.Second, c.cut},
-		{"heal", 2 * time.Second, c.heal},
-		{"transfer", 2 * time.Second, c.transfer},
-		{"resign", 6 * time.Second, c.resign},
-		{"replace", 500 * time.Millisecond, c.replace},
-		{"shorten", 4 * time.Second, c.shorten},
-	}
-	for _, f := range faults {
-		if w.rng.IntN(4) == 0 { // every world lacks some, so that none hides another
-			continue
+	w, p := c.w, c.plan
+	c.done = map[string]int{}
+	w.loss, w.repeat, w.slow, w.delayMax, w.flushMax, w.ppmMax = p.loss, p.repeat, p.slow, p.delayMax, p.flushMax, p.ppmMax
+	w.begin()
+	for _, g := range w.groups {
+		for range p.clients {
+			w.addClient(g)
 		}
-		mean := f.mean * time.Duration(1+w.rng.IntN(3))
-		c.every(mean, func() {
-			if f.do() {
-				c.kinds[f.name]++
+	}
+	c.bulk()
+	for _, f := range p.faults {
+		w.after(f.at, func() {
+			if !c.over && c.strike(f) {
+				c.done[f.kind]++
 			}
 		})
 	}
 }
 
-func (c *chaos) any() *node { return c.w.nodes[c.w.rng.IntN(len(c.w.nodes))] }
-
-// propose offers a few entries to whoever believes that it leads.
-func (c *chaos) propose() {
-	for _, n := range c.w.nodes {
-		if n.core == nil || c.w.now < n.pausedUntil {
-			continue
+// bulk proposes now and then a few entries through whoever believes that it leads.
+func (c *chaos) bulk() {
+	c.w.after(c.w.random(2*c.plan.bulkEvery), func() {
+		if c.over {
+			return
 		}
-		for range 1 + c.w.rng.IntN(8) {
-			if c.w.offer(n, c.w.rng.IntN(200)) != nil {
-				break
+		for _, h := range c.w.hosts {
+			if !h.up() {
+				continue
+			}
+			for _, g := range c.w.groups {
+				if h.up() && h.group(g.id).Brief().Role == paxosgroup.Leader {
+					for range 1 + c.w.rng.IntN(8) {
+						c.w.offer(h, g.id, c.w.rng.IntN(200))
+					}
+				}
 			}
 		}
-	}
-}
-
-func (c *chaos) crash() bool {
-	n := c.any()
-	if n.core == nil || n.gone {
-		return false
-	}
-	c.w.crash(n)
-	life := n.life
-	c.w.after(time.Duration(c.w.rng.Int64N(int64(4*time.Second))), func() {
-		if n.life == life && n.core == nil && !n.gone {
-			c.w.start(n, true)
-		}
+		c.bulk()
 	})
+}
+
+// offer proposes the next payload through a host, and reports whether it was
+// taken at once.
+func (w *world) offer(h *host, g paxosgroup.GroupID, size int) bool {
+	w.offers++
+	taken := false
+	p := &runner.Proposal{Payload: fmtPayload(w.offers, size)}
+	p.Answered = func(p *runner.Proposal) {
+		if p.Err == nil {
+			taken = true
+			w.group(g).offered(p)
+		}
+	}
+	h.turn(func(paxosgroup.Instant) { h.group(g).Propose(p) })
+	return taken
+}
+
+func (c *chaos) host(n uint64) *host { return c.w.hosts[int(n%uint64(len(c.w.hosts)))] }
+
+// target is a host, every third time the leader of a group.
+func (c *chaos) target(f fault) *host {
+	if f.b%3 == 0 {
+		if l := c.w.leader(c.group(f.a).id); l != nil {
+			return l
+		}
+	}
+	return c.host(f.a)
+}
+
+func (c *chaos) group(n uint64) *groupCheck { return c.w.groups[int(n%uint64(len(c.w.groups)))] }
+
+// strike does what the fault says, and reports whether it made a difference.
+func (c *chaos) strike(f fault) bool {
+	switch f.kind {
+	case "crash", "tear", "kill", "pause", "suspend", "failflush", "failwrite", "full", "truncate", "lose", "retire":
+		h := c.target(f)
+		return !h.gone && h.engine != nil && c.strikeHost(f, h)
+	case "cut", "split", "isolate", "heal":
+		return c.strikeNetwork(f)
+	case "transfer", "resign", "change", "shortlived":
+		g := c.group(f.a)
+		l := c.w.leader(g.id)
+		return l != nil && c.strikeLeader(f, g, l)
+	}
+	panic("unknown fault " + f.kind)
+}
+
+func (c *chaos) strikeHost(f fault, h *host) bool {
+	w := c.w
+	switch f.kind {
+	case "crash":
+		h.crash()
+		h.startAfter(f.lasts)
+	case "tear":
+		h.tear()
+		h.startAfter(f.lasts)
+	case "kill":
+		h.end()
+		h.startAfter(f.lasts / 8)
+	case "pause":
+		h.pause(f.lasts)
+	case "suspend":
+		if !h.up() {
+			return false
+		}
+		h.suspend(f.lasts + 600*time.Millisecond) // less cannot be told from setting a clock
+	case "failflush":
+		h.failNext(simdisk.OpSync)
+	case "failwrite":
+		h.failNext(simdisk.OpWrite)
+	case "full":
+		h.shortUntil = w.now + f.lasts
+		h.disk.SetSpace(1)
+		w.after(f.lasts, func() { h.disk.SetSpace(0) })
+	case "truncate":
+		return c.truncate(f, h)
+	case "lose":
+		return c.lose(h)
+	case "retire":
+		return c.retire(h)
+	}
 	return true
 }
 
-func (c *chaos) pause() bool {
-	n := c.any()
-	if n.core == nil {
+// tear is a power failure in the middle of a flush.
+func (h *host) tear() {
+	if h.log != nil && h.up() {
+		h.failNext(simdisk.OpSync)
+		h.log.Flush()
+	}
+	h.crash()
+}
+
+func (h *host) failNext(op string) {
+	h.disk.SetFault(func(o, _ string) error {
+		if o == op {
+			return errDisk
+		}
+		return nil
+	})
+}
+
+// truncate cuts a log where the host has applied, as if an image were there.
+func (c *chaos) truncate(f fault, h *host) bool {
+	g := c.group(f.c)
+	v := h.view(g.id)
+	if !h.up() || v.delivered < 20 {
 		return false
 	}
-	n.pausedUntil = c.w.now + time.Duration(c.w.rng.Int64N(int64(3*time.Second)))
-	return true
+	did := false
+	h.turn(func(now paxosgroup.Instant) {
+		did = h.group(g.id).Truncate(now, v.delivered-paxosgroup.Slot(f.lasts%20)) == nil
+	})
+	return did
 }
 
-// cut takes away one direction of one pair, or one side from the other.
-func (c *chaos) cut() bool {
+func (c *chaos) strikeNetwork(f fault) bool {
 	w := c.w
-	if w.rng.IntN(2) == 0 {
-		a, b := c.any(), c.any()
-		w.cut[link{a.id, b.id}] = true
-		return true
-	}
-	side := w.rng.Uint64()
-	both := w.rng.IntN(3) > 0
-	for i, a := range w.nodes {
-		for j, b := range w.nodes {
-			if x, y := side>>i&1, side>>j&1; x < y || both && x != y {
-				w.cut[link{a.id, b.id}] = true
+	both := f.b%3 > 0
+	sever := func(side func(*host) bool) {
+		for _, a := range w.hosts {
+			for _, b := range w.hosts {
+				if x, y := side(a), side(b); x && !y || both && x != y {
+					w.cut[link{a.id, b.id}] = true
+				}
 			}
 		}
 	}
-	return true
-}
-
-func (c *chaos) heal() bool {
-	clear(c.w.cut)
-	return true
-}
-
-func (c *chaos) transfer() bool {
-	n := c.w.leader()
-	return n != nil && n.core.Transfer(n.clock(c.w.now), c.any().id) == nil
-}
-
-func (c *chaos) resign() bool {
-	n := c.w.leader()
-	if n == nil {
-		return false
-	}
-	n.core.Resign(n.clock(c.w.now))
-	c.w.settle(n)
-	return true
-}
-
-// shorten cuts a log where the replica has delivered.
-func (c *chaos) shorten() bool {
-	n := c.any()
-	if n.core == nil || n.delivered < 20 {
-		return false
-	}
-	n.disk.cut = max(n.disk.cut, n.delivered-paxosgroup.Slot(c.w.rng.IntN(20)))
-	return true
-}
-
-// replace takes one step in replacing a member: a replica is lost with its disk,
-// a new one joins as a learner, then takes the lost one's vote.
-func (c *chaos) replace() bool {
-	w := c.w
-	l := w.leader()
-	if l == nil {
-		return false
-	}
-	m := l.core.Status().Membership
-	if !c.replacing {
-		if len(w.nodes) > 12 {
+	switch f.kind {
+	case "cut":
+		w.cut[link{c.host(f.a).id, c.host(f.b).id}] = true
+	case "split":
+		sever(func(h *host) bool { return f.a>>(h.id%32)&1 == 1 })
+	case "isolate":
+		l := w.leader(c.group(f.a).id)
+		if l == nil {
 			return false
 		}
-		old := m.Members[w.rng.IntN(len(m.Members))]
-		c.replacing, c.old, c.fresh, c.region, c.since = true, old.ID, m.NextID, old.Region, w.now
-		if n := w.node(old.ID); w.rng.IntN(2) == 0 && n.core != nil { // else it is only taken out
-			w.crash(n)
-			n.gone = true
-		}
-		if w.node(c.fresh) == nil {
-			w.addNode(c.fresh, c.region)
-		}
-		return true
+		inward := f.c%2 == 0 // of one-way cuts
+		sever(func(h *host) bool { return (h == l) == inward })
+	case "heal":
+		clear(w.cut)
 	}
-	change := m
-	change.Members = append([]paxosgroup.Member(nil), m.Members...)
-	switch x, ok := m.Member(c.fresh); {
-	case m.Joint() && w.rng.IntN(4) == 0: // take it back, or ask for what is under way
-		change = paxosgroup.Membership{Members: m.Outgoing.Members, Phase1: m.Outgoing.Phase1, Phase2: m.Outgoing.Phase2, NextID: m.NextID}
-	case m.Joint():
-		return false
-	case !ok && w.rng.IntN(2) == 0:
-		change.Members = append(change.Members, paxosgroup.Member{ID: c.fresh, Region: c.region, Kind: paxosgroup.Learner})
-		change.NextID = max(change.NextID, c.fresh+1)
-	case !ok || x.Kind == paxosgroup.Learner:
-		change.Members = nil
-		for _, y := range m.Members {
-			if y.ID != c.old && y.ID != c.fresh {
-				change.Members = append(change.Members, y)
+	return true
+}
+
+func (c *chaos) strikeLeader(f fault, g *groupCheck, l *host) bool {
+	did := false
+	switch f.kind {
+	case "transfer":
+		to := c.host(f.b).id
+		l.turn(func(now paxosgroup.Instant) { did = l.group(g.id).Transfer(now, to) == nil })
+	case "resign":
+		l.turn(func(now paxosgroup.Instant) { l.group(g.id).Resign(now) })
+		did = true
+	case "change":
+		m, ok := c.drawChange(f, g, l.group(g.id).Status())
+		if !ok || l.engine == nil {
+			return false
+		}
+		l.turn(func(now paxosgroup.Instant) { did = l.group(g.id).ChangeMembership(now, m) == nil })
+	case "shortlived":
+		l.crash()
+		l.startAfter(f.lasts)
+		c.w.after(1200*time.Millisecond+f.lasts/2, func() {
+			if next := c.w.leader(g.id); next != nil && !c.over {
+				next.crash()
+				next.startAfter(f.lasts)
+			}
+		})
+		did = true
+	}
+	return did
+}
+
+// drawChange draws what a group's membership is to become. A member whose disk
+// is lost goes first.
+func (c *chaos) drawChange(f fault, g *groupCheck, s paxosgroup.Status) (paxosgroup.Membership, bool) {
+	rng := rand.New(rand.NewPCG(f.b, f.c))
+	m := s.Membership
+	if m.Joint() { // take it back, or leave it
+		return paxosgroup.Membership{Members: m.Outgoing.Members, Phase1: m.Outgoing.Phase1, Phase2: m.Outgoing.Phase2, NextID: m.NextID}, rng.IntN(4) == 0
+	}
+	m.Members = slices.Clone(m.Members)
+	remove := func(i int) { m.Members = slices.Delete(m.Members, i, i+1) }
+	add := func(kind paxosgroup.MemberKind) {
+		if h := c.fresh(m, g); h != nil {
+			m.Members = append(m.Members, paxosgroup.Member{ID: h.id, Region: h.region, Kind: kind})
+			m.NextID = h.id + 1
+		}
+	}
+	if c.lost != nil {
+		if i := slices.IndexFunc(m.Members, func(x paxosgroup.Member) bool { return x.ID == c.lost.id }); i >= 0 {
+			kind := m.Members[i].Kind
+			remove(i)
+			if rng.IntN(4) > 0 || m.Voters() < 3 || leaders(m) < 2 {
+				add(kind)
+			}
+			m.Phase1, m.Phase2 = 0, 0
+			return m, m.Voters() > 0
+		}
+	}
+	for range 1 + rng.IntN(3) {
+		switch rng.IntN(5) {
+		case 0, 1: // replace
+			add(paxosgroup.Voter)
+			fallthrough
+		case 2:
+			remove(rng.IntN(len(m.Members)))
+		case 3:
+			add([]paxosgroup.MemberKind{paxosgroup.Voter, paxosgroup.Learner, paxosgroup.Witness}[rng.IntN(3)])
+		case 4:
+			drawKinds(rng, &m)
+		}
+		if len(m.Members) == 0 {
+			return m, false
+		}
+	}
+	drawQuorums(rng, &m)
+	return m, m.Voters() >= 3 && m.Voters() <= 7 && leaders(m) >= 2
+}
+
+// fresh returns a host whose id was never used in the group.
+func (c *chaos) fresh(m paxosgroup.Membership, g *groupCheck) *host {
+	for _, h := range c.w.hosts {
+		if h.id >= m.NextID && !h.gone {
+			return h
+		}
+	}
+	if len(c.w.hosts) >= hostsMax || c.w.err != nil {
+		return nil
+	}
+	id := paxosgroup.ReplicaID(len(c.w.hosts) + 1)
+	if id < m.NextID {
+		return nil
+	}
+	return c.w.addHost(id, "r"+string(rune('1'+(int(id)-1)%7)))
+}
+
+// lose takes a disk away for good, if what is configured survives that.
+func (c *chaos) lose(h *host) bool {
+	if c.lost != nil {
+		for _, g := range c.w.groups {
+			if isMember(g.membership, c.lost.id) {
+				return false
+			}
+			if l := c.w.leader(g.id); l != nil && isMember(l.group(g.id).Status().Membership, c.lost.id) {
+				return false
 			}
 		}
-		change.Members = append(change.Members, paxosgroup.Member{ID: c.fresh, Region: c.region, Kind: paxosgroup.Voter})
-		change.NextID = max(change.NextID, c.fresh+1)
-		n := change.Voters()
-		change.Phase2 = 2 + w.rng.IntN(n-2) // of any sizes that leave both phases possible with one lost
-		change.Phase1 = n + 1 - change.Phase2
-	default:
-		if l.core.Status().Change != paxosgroup.ChangeNone {
+	}
+	for _, g := range c.w.groups {
+		if !survivesLoss(g.membership) {
 			return false
 		}
-		c.replacing = false
-		w.node(c.old).removed = true
-		return false
+		for _, o := range c.w.hosts { // nor may anybody be about to enter what does not
+			if o.engine != nil && !survivesLoss(o.group(g.id).Status().Membership) {
+				return false
+			}
+		}
+		if l := c.w.leader(g.id); l == nil || l.group(g.id).Status().Change != paxosgroup.ChangeNone {
+			return false
+		}
 	}
-	err := l.core.ProposeMembership(l.clock(w.now), change)
-	w.settle(l)
-	return err == nil
+	h.end()
+	h.disk.Lose()
+	h.gone, c.lost = true, h
+	return true
+}
+
+func isMember(m paxosgroup.Membership, id paxosgroup.ReplicaID) bool {
+	_, ok := m.Member(id)
+	return ok
+}
+
+// survivesLoss reports whether a group can lose any voter with its disk and go on.
+func survivesLoss(m paxosgroup.Membership) bool {
+	if len(m.Members) == 0 {
+		return true // of one that has yet to join
+	}
+	p1, p2 := m.Quorums()
+	return !m.Joint() && p2 >= 2 && max(p1, p2) < m.Voters() && leaders(m) >= 2
+}
+
+// retire switches off a host that was removed from all groups, once the leaders
+// say that it may go.
+func (c *chaos) retire(h *host) bool {
+	for _, g := range c.w.groups {
+		l := c.w.leader(g.id)
+		if l == nil || isMember(g.membership, h.id) {
+			return false
+		}
+		s := l.group(g.id).Status()
+		if s.LeaseUntil <= l.clock() || s.Change != paxosgroup.ChangeNone || isMember(s.Membership, h.id) || h.id >= s.Membership.NextID {
+			return false
+		}
+	}
+	h.end()
+	h.gone = true
+	return true
 }
 
 // end stops all faults and brings everyone back that is to come back.
 func (c *chaos) end() {
 	w := c.w
-	c.on = false
+	c.over = true
 	w.loss, w.repeat, w.slow, w.delayMax, w.flushMax = 0, 0, 0, 40*time.Millisecond, 2*time.Millisecond
 	clear(w.cut)
-	for _, n := range w.nodes {
-		n.pausedUntil = min(n.pausedUntil, w.now)
-		if n.core == nil && !n.gone {
-			w.start(n, true)
+	for _, h := range w.hosts {
+		h.disk.SetFault(nil)
+		h.disk.SetSpace(0)
+		h.shortUntil = w.now
+		if h.pausedUntil > w.now {
+			h.pausedUntil = w.now
+			h.wakeAt = 0
+			h.wake(w.now)
+		}
+		if h.engine == nil && !h.gone {
+			h.start()
 		}
 	}
 }

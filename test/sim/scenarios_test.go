@@ -6,42 +6,43 @@ import (
 	"time"
 
 	"quorate/paxosgroup"
+	"quorate/paxosgroup/peer"
 )
 
 // onlyElectable lets the given replica campaign and nobody else.
 func (w *world) onlyElectable(id paxosgroup.ReplicaID) {
-	for _, n := range w.nodes {
-		if n.core != nil {
-			n.core.SetElectable(n.id == id)
+	for _, n := range w.hosts {
+		if n.engine != nil {
+			n.group(1).SetElectable(n.id == id)
 		}
 	}
 }
 
 // elect waits until a replica leads with a lease and its opening is chosen.
-func (w *world) elect(t *testing.T, id paxosgroup.ReplicaID) *node {
+func (w *world) elect(t *testing.T, id paxosgroup.ReplicaID) *host {
 	t.Helper()
 	w.onlyElectable(id)
-	n := w.node(id)
+	n := w.host(id)
 	if !w.runUntil(20*time.Second, func() bool {
-		s := n.core.Status()
-		return s.Role == paxosgroup.Leader && s.LeaseUntil > n.clock(w.now) && s.Judge.Term == s.Ballot
+		s := n.group(1).Status()
+		return s.Role == paxosgroup.Leader && s.LeaseUntil > n.clock() && s.Judge.Term == s.Ballot
 	}) {
-		t.Fatalf("replica %d was not elected: %v%s", id, w.check.err, w.describe())
+		t.Fatalf("replica %d was not elected: %v%s", id, w.err, w.describe())
 	}
 	return n
 }
 
 // isolate cuts a replica off from all others.
 func (w *world) isolate(id paxosgroup.ReplicaID) {
-	for _, n := range w.nodes {
+	for _, n := range w.hosts {
 		w.cut[link{id, n.id}], w.cut[link{n.id, id}] = true, true
 	}
 }
 
-func (w *world) mustOffer(t *testing.T, n *node) {
+func (w *world) mustOffer(t *testing.T, n *host) {
 	t.Helper()
-	if err := w.offer(n, 8); err != nil {
-		t.Fatalf("replica %d takes no proposal: %v", n.id, err)
+	if !w.offer(n, 1, 8) {
+		t.Fatalf("host %d takes no proposal", n.id)
 	}
 }
 
@@ -50,14 +51,14 @@ func (w *world) finish(t *testing.T) {
 	t.Helper()
 	clear(w.cut)
 	w.drop = nil
-	for _, n := range w.nodes {
-		if n.core == nil {
-			w.start(n, true)
+	for _, n := range w.hosts {
+		if n.engine == nil {
+			n.start()
 		}
 	}
-	before := len(w.check.log)
-	if !w.runUntil(20*time.Second, func() bool { return w.settled(before) }) {
-		t.Fatalf("not all equal after healing: %v%s", w.check.err, w.describe())
+	before := len(w.group(1).log)
+	if !w.runUntil(20*time.Second, func() bool { return w.settled(w.group(1), before) }) {
+		t.Fatalf("not all equal after healing: %v%s", w.err, w.describe())
 	}
 }
 
@@ -65,8 +66,8 @@ func (w *world) finish(t *testing.T) {
 // verdicts would notice.
 func (w *world) verdictsOf(judge func(paxosgroup.Entry) paxosgroup.Verdict) error {
 	order := newPrimaryOrder()
-	order.offers = w.check.order.offers
-	for _, d := range w.check.log {
+	order.offers = w.group(1).order.offers
+	for _, d := range w.group(1).log {
 		d.Verdict = judge(d.Entry)
 		if err := order.next(d); err != nil {
 			return err
@@ -94,31 +95,31 @@ func carries(m paxosgroup.Message, number uint64) bool {
 // leader must choose B, and a no-op in A's slot: B must count for nothing.
 func TestGapInPipelineVoidsSuccessor(t *testing.T) {
 	t.Run("gap_in_pipeline_voids_successor", func(t *testing.T) {
-		w := newWorld(1, 5, nil)
+		w := newWorld(1, voters(5), 1, nil).begin()
 		one := w.elect(t, 1)
 		w.drop = func(m paxosgroup.Message) bool {
 			return carries(m, 1) || carries(m, 2) && m.To != 3
 		}
 		w.mustOffer(t, one)
 		w.mustOffer(t, one)
-		slotA := one.core.Status().LastSlot - 1
+		slotA := one.group(1).Status().LastSlot - 1
 		w.run(150 * time.Millisecond)
-		w.crash(one)
+		one.crash()
 		w.drop = nil
 		w.isolate(5) // so that the quorum has replica 3
 		two := w.elect(t, 2)
 		w.mustOffer(t, two)
 		w.finish(t)
 
-		a, b := w.check.log[slotA-1], w.check.log[slotA]
+		a, b := w.group(1).log[slotA-1], w.group(1).log[slotA]
 		if a.Entry.Kind != paxosgroup.KindNoOp {
 			t.Errorf("slot of A holds %s, want a no-op: the scenario did not come about", show(a))
 		}
 		if b.Entry.Number != 2 || b.Entry.Term.Replica != 1 || b.Verdict != paxosgroup.Void {
 			t.Errorf("slot of B holds %s, want entry 2 of replica 1, void", show(b))
 		}
-		if w.check.err != nil {
-			t.Error(w.check.err)
+		if w.err != nil {
+			t.Error(w.err)
 		}
 		judge := paxosgroup.Judge{}
 		if err := w.verdictsOf(judge.Judge); err != nil {
@@ -136,7 +137,7 @@ func TestGapInPipelineVoidsSuccessor(t *testing.T) {
 // must choose it.
 func TestLateAcceptOfOldBallot(t *testing.T) {
 	t.Run("late_accept_of_old_ballot", func(t *testing.T) {
-		w := newWorld(2, 5, nil)
+		w := newWorld(2, voters(5), 1, nil).begin()
 		one := w.elect(t, 1)
 		w.run(300 * time.Millisecond)
 		var late *paxosgroup.Message
@@ -149,30 +150,30 @@ func TestLateAcceptOfOldBallot(t *testing.T) {
 		for range 3 {
 			w.mustOffer(t, one)
 		}
-		slot := one.core.Status().LastSlot
+		slot := one.group(1).Status().LastSlot
 		w.run(50 * time.Millisecond)
 		if late == nil {
 			t.Fatal("no Accept to delay")
 		}
-		w.crash(one)
+		one.crash()
 		w.isolate(5)
 		two := w.elect(t, 2)
 		w.mustOffer(t, two)
-		if !w.runUntil(time.Second, func() bool { return int(slot)-1 == len(w.check.log) }) {
-			t.Fatalf("log is %d long, want it to end before slot %d", len(w.check.log), slot)
+		if !w.runUntil(time.Second, func() bool { return int(slot)-1 == len(w.group(1).log) }) {
+			t.Fatalf("log is %d long, want it to end before slot %d", len(w.group(1).log), slot)
 		}
 		w.run(300 * time.Millisecond)
-		w.crash(two)
-		w.arrive(w.node(5), *late)
+		two.crash()
+		w.arrive(w.host(5), peer.GroupMessage{Group: 1, Message: *late})
 		clear(w.cut)
 		w.elect(t, 3) // with 4 and 5, there is nobody else
 		w.finish(t)
 
-		if d := w.check.log[slot-1]; d.Entry.Term.Replica != 1 || d.Entry.Number != 3 || d.Verdict != paxosgroup.Void {
+		if d := w.group(1).log[slot-1]; d.Entry.Term.Replica != 1 || d.Entry.Number != 3 || d.Verdict != paxosgroup.Void {
 			t.Errorf("slot %d holds %s, want entry 3 of replica 1, void", slot, show(d))
 		}
-		if w.check.err != nil {
-			t.Error(w.check.err)
+		if w.err != nil {
+			t.Error(w.err)
 		}
 		judge := paxosgroup.Judge{}
 		if err := w.verdictsOf(judge.Judge); err != nil {
@@ -200,27 +201,28 @@ func wan(a, b paxosgroup.ReplicaID) time.Duration {
 func TestFailoverTime(t *testing.T) {
 	var took []time.Duration
 	for seed := uint64(1); seed <= 40; seed++ {
-		w := newWorld(seed, 5, func(c *paxosgroup.Config) { c.PreferredRegion = "r1" })
+		w := newWorld(seed, voters(5), 1, func(c *paxosgroup.Config) { c.PreferredRegion = "r1" })
 		w.oneWay = wan
-		if !w.runUntil(20*time.Second, func() bool { l := w.leader(); return l != nil && l.leaseUntil > l.clock(w.now) }) {
+		w.begin()
+		if !w.runUntil(20*time.Second, func() bool { l := w.leader(1); return l != nil && l.view(1).leaseUntil > l.clock() }) {
 			t.Fatalf("seed %d: no leader", seed)
 		}
 		w.run(time.Second + time.Duration(seed)*7*time.Millisecond)
-		dead := w.leader()
-		w.crash(dead)
-		start, before := w.now, len(w.check.log)
+		dead := w.leader(1)
+		dead.crash()
+		start, before := w.now, len(w.group(1).log)
 		var offeredAt time.Duration
 		if !w.runUntil(20*time.Second, func() bool {
-			if l := w.leader(); l != nil && w.now > offeredAt+20*time.Millisecond && w.offer(l, 10) == nil {
+			if l := w.leader(1); l != nil && w.now > offeredAt+20*time.Millisecond && w.offer(l, 1, 10) {
 				offeredAt = w.now
 			}
-			last := len(w.check.log)
-			return last > before && w.check.log[last-1].Entry.Kind == paxosgroup.KindData
+			last := len(w.group(1).log)
+			return last > before && w.group(1).log[last-1].Entry.Kind == paxosgroup.KindData
 		}) {
 			t.Fatalf("seed %d: no entry after the leader died%s", seed, w.describe())
 		}
-		if w.check.err != nil {
-			t.Fatalf("seed %d: %v", seed, w.check.err)
+		if w.err != nil {
+			t.Fatalf("seed %d: %v", seed, w.err)
 		}
 		took = append(took, w.now-start)
 	}
@@ -235,27 +237,27 @@ func TestFailoverTime(t *testing.T) {
 func TestTransferIsQuick(t *testing.T) {
 	var worst time.Duration
 	for seed := uint64(1); seed <= 10; seed++ {
-		w := newWorld(seed, 5, nil)
+		w := newWorld(seed, voters(5), 1, nil).begin()
 		w.oneWay = wan
 		one := w.elect(t, 1)
-		for _, n := range w.nodes {
-			n.core.SetElectable(true)
+		for _, n := range w.hosts {
+			n.group(1).SetElectable(true)
 		}
 		for range 20 {
 			w.mustOffer(t, one)
 		}
 		start := w.now
-		if err := one.core.Transfer(one.clock(w.now), 3); err != nil {
+		if err := one.group(1).Transfer(one.clock(), 3); err != nil {
 			t.Fatal(err)
 		}
-		three := w.node(3)
-		if !w.runUntil(time.Second, func() bool { return w.offer(three, 8) == nil }) {
+		three := w.host(3)
+		if !w.runUntil(time.Second, func() bool { return w.offer(three, 1, 8) }) {
 			t.Fatalf("seed %d: replica 3 does not lead a second after the transfer%s", seed, w.describe())
 		}
 		worst = max(worst, w.now-start)
 		w.finish(t)
-		if w.check.err != nil || w.check.void > 0 {
-			t.Fatalf("seed %d: %d void, %v", seed, w.check.void, w.check.err)
+		if w.err != nil || w.group(1).void > 0 {
+			t.Fatalf("seed %d: %d void, %v", seed, w.group(1).void, w.err)
 		}
 	}
 	t.Logf("longest pause of a transfer: %v", worst)
@@ -268,25 +270,25 @@ func TestTransferIsQuick(t *testing.T) {
 // more; the others have, when the leader is paused. They must not let replica 2
 // lead until that lease has run out: the leader would wake up believing in it.
 func TestLeaseOfPausedLeader(t *testing.T) {
-	w := newWorld(3, 5, nil)
+	w := newWorld(3, voters(5), 1, nil).begin()
 	one := w.elect(t, 1)
 	w.onlyElectable(2)
 	w.cut[link{1, 2}] = true
 	w.run(1600 * time.Millisecond)
-	until := one.leaseUntil
-	if until <= one.clock(w.now) {
+	until := one.view(1).leaseUntil
+	if until <= one.clock() {
 		t.Fatal("the leader holds no lease")
 	}
-	one.pausedUntil = w.now + 5*time.Second
-	two := w.node(2)
-	if !w.runUntil(4*time.Second, func() bool { return two.leaseUntil > two.clock(w.now) }) {
-		t.Fatalf("replica 2 does not lead: %v%s", w.check.err, w.describe())
+	one.pause(5 * time.Second)
+	two := w.host(2)
+	if !w.runUntil(4*time.Second, func() bool { return two.view(1).leaseUntil > two.clock() }) {
+		t.Fatalf("replica 2 does not lead: %v%s", w.err, w.describe())
 	}
-	if one.clock(w.now) < until {
+	if one.clock() < until {
 		t.Error("replica 2 holds a lease while that of the paused leader runs")
 	}
 	w.run(3 * time.Second)
-	if w.check.err != nil {
-		t.Error(w.check.err)
+	if w.err != nil {
+		t.Error(w.err)
 	}
 }

@@ -3,6 +3,8 @@ package sim
 import (
 	"flag"
 	"fmt"
+	"maps"
+	"slices"
 	"testing"
 	"time"
 
@@ -10,34 +12,72 @@ import (
 )
 
 var (
-	simSeed  = flag.Uint64("sim.seed", 0, "replay this one seed")
-	simSeeds = flag.Int("sim.seeds", 100, "how many seeds to run, from -sim.from on")
-	simFrom  = flag.Uint64("sim.from", 1, "first seed")
+	simSeed   = flag.Uint64("sim.seed", 0, "replay this one seed, and shrink what fails")
+	simSeeds  = flag.Int("sim.seeds", 150, "how many seeds to run, from -sim.from on")
+	simFrom   = flag.Uint64("sim.from", 1, "first seed")
+	simFirst  = flag.Bool("sim.first", false, "stop at the first seed that fails")
+	simShrink = flag.Bool("sim.shrink", true, "look for the least that makes a failing seed fail")
 )
 
 const (
-	chaosFor = 20 * time.Second
-	healFor  = 20 * time.Second // within which all must be equal after the faults
+	healFor   = 25 * time.Second // within which all must be equal after the faults
+	stableFor = 2 * time.Second  // for which one leader leads in the end
 )
+
+// result is what a run came to.
+type result struct {
+	err   error
+	steps int
+	trace uint64
+	did   map[string]int
+	slots int
+}
 
 func TestSafetyUnderFaults(t *testing.T) {
 	from, n := *simFrom, *simSeeds
 	if *simSeed != 0 {
 		from, n = *simSeed, 1
 	}
-	total := map[string]int{}
+	total, steps, failed, seeds := map[string]int{}, 0, 0, 0
+	start := time.Now()
 	for seed := from; seed < from+uint64(n); seed++ {
-		stats, err := runSeed(seed)
-		if err != nil {
-			t.Errorf("%v\nreplay: go test ./test/sim -run '^%s$' -sim.seed=%d", err, t.Name(), seed)
-		}
-		for k, v := range stats {
+		p := drawPlan(seed)
+		r := runPlan(p)
+		seeds++
+		steps += r.steps
+		for k, v := range r.did {
 			total[k] += v
 		}
+		if r.err == nil {
+			continue
+		}
+		failed++
+		t.Errorf("seed %d: %v\nreplay: go test ./test/sim -run '^%s$' -sim.seed=%d", seed, r.err, t.Name(), seed)
+		if *simShrink && (*simSeed != 0 || failed == 1) {
+			least, why := shrink(p, 60*time.Second)
+			t.Logf("seed %d: the least that was found to fail: %v\n%v", seed, why, least)
+		}
+		if *simFirst || failed >= 5 {
+			break
+		}
 	}
-	t.Logf("%d seeds from %d: %v", n, from, total)
-	if n >= 20 {
-		for _, k := range []string{"crash", "pause", "cut", "transfer", "resign", "replace", "slots", "void", "terms", "seeded", "changes"} {
+	var kinds []string
+	for _, k := range slices.Sorted(maps.Keys(total)) {
+		kinds = append(kinds, fmt.Sprintf("%s %d", k, total[k]))
+	}
+	t.Logf("%.1f seeds/s: %v", float64(seeds)/time.Since(start).Seconds(), kinds)
+	if failed == 0 {
+		t.Logf("sim: %d seeds, %d steps, no violation", seeds, steps)
+	} else {
+		t.Logf("sim: %d seeds, %d steps, %d seeds FAILED", seeds, steps, failed)
+	}
+	if failed == 0 && n >= 100 {
+		for _, f := range faultKinds {
+			if total[f.name] == 0 {
+				t.Errorf("no world had any %s: the simulator does not exercise it", f.name)
+			}
+		}
+		for _, k := range []string{"slots", "void", "terms", "seeded", "changes"} {
 			if total[k] == 0 {
 				t.Errorf("no world had any %s: the simulator does not exercise it", k)
 			}
@@ -45,58 +85,120 @@ func TestSafetyUnderFaults(t *testing.T) {
 	}
 }
 
-func runSeed(seed uint64) (stats map[string]int, err error) {
-	var w *world
+// runPlan runs one world from its beginning to its end.
+func runPlan(p plan) (r result) {
+	w := newWorld(p.seed, p.first, p.groups, func(c *paxosgroup.Config) { c.PreferredRegion = p.preferred })
+	c := &chaos{w: w, plan: p}
 	defer func() {
-		if p := recover(); p != nil {
-			err = fmt.Errorf("seed %d at %v: panic: %v", seed, w.now, p)
-			if *simSeed != 0 {
-				panic(p)
+		if x := recover(); x != nil {
+			r.err = fmt.Errorf("panic: %v", x)
+			if *simSeed != 0 && !*simShrink {
+				panic(x)
 			}
 		}
+		if r.err != nil {
+			r.err = fmt.Errorf("at %v: %w", w.now, r.err)
+		}
+		r.steps, r.trace, r.did = w.steps, w.trace, c.done
+		if r.did == nil {
+			r.did = map[string]int{}
+		}
+		for _, g := range w.groups {
+			r.did["slots"] += len(g.log)
+			r.did["void"] += g.void
+			r.did["terms"] += g.terms
+			r.did["changes"] += g.changes
+			for _, cl := range w.clients {
+				if cl.check == g {
+					for _, o := range cl.history {
+						if o.done != 0 {
+							r.did["operations"]++
+						}
+					}
+				}
+			}
+		}
+		r.did["seeded"] += w.seeded
+		r.did["exits"] += w.refused
+		r.did["messages"] += w.sent
 	}()
-	size := 3 + 2*int(seed%3/2) + 2*int(seed%2) // 3, 5 or 7
-	preferred := []string{"", "r1", "r2"}[seed%3]
-	w = newWorld(seed, size, func(c *paxosgroup.Config) { c.PreferredRegion = preferred })
-	c := &chaos{w: w}
 	c.begin()
-	w.run(chaosFor)
-	if w.check.err == nil {
+	w.run(p.chaos)
+	if w.err == nil {
 		c.end()
-		before := len(w.check.log)
-		ok := w.runUntil(healFor, func() bool { return w.settled(before) })
-		if w.check.err == nil && !ok {
-			return c.kinds, fmt.Errorf("seed %d: no progress, or not all equal, %v after the faults ended: %s", seed, healFor, w.describe())
+		w.mustSettle()
+	}
+	if w.err == nil {
+		for _, g := range w.groups {
+			if err := g.linearizable(); err != nil {
+				w.fail("%w", err)
+			}
 		}
 	}
-	if w.check.err != nil {
-		return c.kinds, fmt.Errorf("seed %d at %v: %w", seed, w.now, w.check.err)
+	r.err = w.err
+	return r
+}
+
+// mustSettle wants progress in every group within healFor, all replicas equal,
+// and after that one leader for a while.
+func (w *world) mustSettle() {
+	before := make([]int, len(w.groups))
+	for i, g := range w.groups {
+		before[i] = len(g.log)
 	}
-	c.kinds["slots"] = len(w.check.log)
-	c.kinds["void"] = w.check.void
-	c.kinds["terms"] = w.check.terms
-	c.kinds["seeded"] = w.check.seeded
-	c.kinds["changes"] = w.check.changes
-	c.kinds["messages"] = w.sent
-	return c.kinds, nil
+	end := w.now + healFor
+	for w.now < end && w.err == nil {
+		ok := w.runUntil(end-w.now, func() bool {
+			for i, g := range w.groups {
+				if !w.settled(g, before[i]) {
+					return false
+				}
+			}
+			return true
+		})
+		if w.err != nil || !ok {
+			break
+		}
+		// Equal; now the same leaders for a while, undisturbed.
+		terms := make([]paxosgroup.Ballot, len(w.groups))
+		for i, g := range w.groups {
+			terms[i] = w.leader(g.id).group(g.id).Brief().Ballot
+		}
+		w.run(stableFor)
+		stable := true
+		for i, g := range w.groups {
+			l := w.leader(g.id)
+			stable = stable && l != nil && l.group(g.id).Brief().Ballot == terms[i] && l.group(g.id).LeaseUntil() > l.clock()
+		}
+		if stable {
+			return
+		}
+	}
+	if w.err == nil {
+		w.fail("no progress, not all equal, or no leader that stays, %v after the faults ended: %s", healFor, w.describe())
+	}
 }
 
 // settled reports whether an entry that was offered after the faults is
 // effective and every member has been handed the whole log.
-func (w *world) settled(before int) bool {
-	l := w.leader()
-	if l == nil {
+func (w *world) settled(g *groupCheck, before int) bool {
+	l := w.leader(g.id)
+	if l == nil || l.group(g.id).LeaseUntil() <= l.clock() {
 		return false
 	}
-	s := l.core.Status()
-	if s.LeaseUntil <= l.clock(w.now) || s.LastSlot != s.Chosen {
+	if last := len(g.log); last <= before || g.log[last-1].Entry.Kind != paxosgroup.KindData || g.log[last-1].Verdict != paxosgroup.Effective {
+		if w.now >= g.offeredAt+20*time.Millisecond {
+			g.offeredAt = w.now
+			w.offer(l, g.id, 10)
+		}
 		return false
 	}
-	if last := len(w.check.log); last <= before+3 || w.check.log[last-1].Entry.Kind != paxosgroup.KindData {
-		return w.offer(l, 10) != nil && false
+	s := l.group(g.id).Brief()
+	if int(l.view(g.id).delivered) != len(g.log) || s.Role != paxosgroup.Leader {
+		return false
 	}
-	for _, m := range s.Membership.Members {
-		if n := w.node(m.ID); n == nil || !n.gone && int(n.delivered) != len(w.check.log) {
+	for _, m := range g.membership.Members {
+		if h := w.host(m.ID); h == nil || !h.gone && int(h.view(g.id).delivered) != len(g.log) {
 			return false
 		}
 	}
@@ -105,13 +207,28 @@ func (w *world) settled(before int) bool {
 
 func (w *world) describe() string {
 	out := ""
-	for _, n := range w.nodes {
-		if n.core == nil {
-			out += fmt.Sprintf("\n  %d: down, gone %v", n.id, n.gone)
+	for _, h := range w.hosts {
+		if h.engine == nil {
+			out += fmt.Sprintf("\n  %d: down, gone %v", h.id, h.gone)
 			continue
 		}
-		s := n.core.Status()
-		out += fmt.Sprintf("\n  %d: %v leader %d ballot %v promised %v base %d last %d chosen %d delivered %d members %v peers %+v", n.id, s.Role, s.Leader, s.Ballot, s.Promised, s.Base, s.LastSlot, s.Chosen, n.delivered, s.Membership, s.Peers)
+		for _, g := range w.groups {
+			s := h.group(g.id).Status()
+			out += fmt.Sprintf("\n  %d group %d of %d slots: %v leader %d ballot %v promised %v base %d chosen %d delivered %d epoch %d members %s joint %v change %d",
+				h.id, g.id, len(g.log), s.Role, s.Leader, s.Ballot, s.Promised, s.Base, s.Chosen, h.view(g.id).delivered, s.Membership.Epoch, showMembers(s.Membership), s.Membership.Joint(), s.Change)
+		}
 	}
 	return out
+}
+
+func fmtPayload(n, size int) []byte { return fmt.Appendf(nil, "%d:%0*d", n, size, 0) }
+
+// One seed, one run.
+func TestSameSeedSameTrace(t *testing.T) {
+	for seed := uint64(1); seed <= 3; seed++ {
+		a, b := runPlan(drawPlan(seed)), runPlan(drawPlan(seed))
+		if a.trace != b.trace || a.steps != b.steps {
+			t.Errorf("seed %d: trace %x after %d steps, then %x after %d", seed, a.trace, a.steps, b.trace, b.steps)
+		}
+	}
 }

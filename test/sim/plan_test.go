@@ -1,0 +1,164 @@
+package sim
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"time"
+
+	"quorate/paxosgroup"
+)
+
+// plan is all that is to go wrong in a world, drawn before it begins, so that
+// parts of it can be left out to see whether it still fails.
+type plan struct {
+	seed      uint64
+	first     paxosgroup.Membership
+	groups    int
+	clients   int // of each group
+	preferred string
+	ppmMax    int64
+	loss      float64
+	repeat    float64
+	slow      float64
+	delayMax  time.Duration
+	flushMax  time.Duration
+	bulkEvery time.Duration // between bursts of proposals
+	chaos     time.Duration
+	faults    []fault
+}
+
+// fault is one thing that happens at a time. What a, b and c mean, its kind says;
+// they are taken modulo what there is by then.
+type fault struct {
+	at      time.Duration
+	kind    string
+	a, b, c uint64
+	lasts   time.Duration
+}
+
+func (f fault) String() string {
+	return fmt.Sprintf("%8v  %-10s a=%d b=%d c=%d lasts=%v", f.at.Round(time.Microsecond), f.kind, f.a, f.b, f.c, f.lasts.Round(time.Microsecond))
+}
+
+func (p plan) String() string {
+	out := fmt.Sprintf("members %s, %d groups, %d clients each, preferred %q, clocks within %d ppm\nloss %v, repeats %v, slow %v, delay up to %v, flush up to %v, bursts every %v, for %v",
+		showMembers(p.first), p.groups, p.clients, p.preferred, p.ppmMax, p.loss, p.repeat, p.slow, p.delayMax, p.flushMax, p.bulkEvery, p.chaos)
+	for _, f := range p.faults {
+		out += "\n" + f.String()
+	}
+	return out
+}
+
+func showMembers(m paxosgroup.Membership) string {
+	var parts []string
+	for _, x := range m.Members {
+		parts = append(parts, fmt.Sprintf("%d%c", x.ID, "?vwl"[min(x.Kind, 3)]))
+	}
+	p1, p2 := m.Quorums()
+	return fmt.Sprintf("%s (%d, %d)", strings.Join(parts, " "), p1, p2)
+}
+
+// kinds of faults, with the mean time between two of one kind.
+var faultKinds = []struct {
+	name string
+	mean time.Duration
+}{
+	{"crash", 1500 * time.Millisecond},    // power failure of host a
+	{"tear", 3 * time.Second},             // the same while it writes
+	{"kill", 4 * time.Second},             // its process ends, its disk keeps what was written
+	{"pause", 2 * time.Second},            // its process stands still
+	{"suspend", 6 * time.Second},          // it stands still with its clock
+	{"cut", 1500 * time.Millisecond},      // one direction between a and b
+	{"split", 2 * time.Second},            // by the bits of a, in both directions or one
+	{"isolate", 3 * time.Second},          // the leader of group a, in both directions or one
+	{"heal", 1500 * time.Millisecond},     // all cuts
+	{"transfer", 2 * time.Second},         // leadership of group a to b
+	{"resign", 5 * time.Second},           // leader of group a
+	{"change", 500 * time.Millisecond},    // membership of group a
+	{"retire", 2 * time.Second},           // switch off whoever was removed from all groups
+	{"lose", 4 * time.Second},             // a disk, for good
+	{"failflush", 5 * time.Second},        // of host a
+	{"failwrite", 6 * time.Second},        // of host a
+	{"full", 5 * time.Second},             // the disk of host a
+	{"truncate", 1500 * time.Millisecond}, // the log of host a
+	{"shortlived", 4 * time.Second},       // the leader of group a crashes, and soon its successor
+}
+
+const chaosFor = 8 * time.Second
+
+func drawPlan(seed uint64) plan {
+	rng := rand.New(rand.NewPCG(seed, 0x91a2))
+	pick := func(of ...time.Duration) time.Duration { return of[rng.IntN(len(of))] }
+	p := plan{
+		seed: seed, first: voters(3 + rng.IntN(5)), groups: []int{1, 1, 2, 3}[rng.IntN(4)], clients: rng.IntN(4), ppmMax: 900, chaos: chaosFor,
+		preferred: []string{"", "r1", "r2"}[rng.IntN(3)],
+		loss:      []float64{0, 0.01, 0.05, 0.2}[rng.IntN(4)],
+		repeat:    []float64{0, 0.02, 0.1}[rng.IntN(3)],
+		slow:      []float64{0, 0.005, 0.03}[rng.IntN(3)],
+		delayMax:  pick(2, 20, 60, 120) * time.Millisecond,
+		flushMax:  pick(1, 5, 50) * time.Millisecond,
+		bulkEvery: time.Duration(10+rng.IntN(80)) * time.Millisecond,
+	}
+	drawKinds(rng, &p.first)
+	drawQuorums(rng, &p.first)
+	mood := 1 + rng.IntN(3)
+	for _, k := range faultKinds {
+		if rng.IntN(3) == 0 { // every world lacks some, so that none hides another
+			continue
+		}
+		mean := k.mean * time.Duration(mood)
+		for at := time.Duration(rng.Int64N(int64(2 * mean))); at < p.chaos; at += 1 + time.Duration(rng.Int64N(int64(2*mean))) {
+			p.faults = append(p.faults, fault{at, k.name, rng.Uint64() >> 32, rng.Uint64() >> 32, rng.Uint64() >> 32, time.Duration(rng.Int64N(int64(3 * time.Second)))})
+		}
+	}
+	slices.SortStableFunc(p.faults, func(a, b fault) int { return int(a.at - b.at) })
+	return p
+}
+
+// drawKinds makes some members witnesses or learners, as long as three vote and
+// two could lead.
+func drawKinds(rng *rand.Rand, m *paxosgroup.Membership) {
+	for i := range m.Members {
+		before := m.Members[i].Kind
+		switch rng.IntN(8) {
+		case 0:
+			m.Members[i].Kind = paxosgroup.Witness
+		case 1:
+			m.Members[i].Kind = paxosgroup.Learner
+		}
+		if m.Voters() < 3 || leaders(*m) < 2 {
+			m.Members[i].Kind = before
+		}
+	}
+}
+
+func leaders(m paxosgroup.Membership) int {
+	n := 0
+	for _, x := range m.Members {
+		if x.Kind == paxosgroup.Voter {
+			n++
+		}
+	}
+	return n
+}
+
+// drawQuorums draws sizes that intersect, mostly such that any one voter may be
+// lost.
+func drawQuorums(rng *rand.Rand, m *paxosgroup.Membership) {
+	n := m.Voters()
+	m.Phase1, m.Phase2 = 0, 0
+	switch rng.IntN(5) {
+	case 0, 1, 2:
+		if n >= 3 {
+			m.Phase2 = 2 + rng.IntN(n-2)
+			m.Phase1 = n + 1 - m.Phase2
+		}
+	case 3:
+		if rng.IntN(3) == 0 {
+			m.Phase2 = 1 + rng.IntN(n)
+			m.Phase1 = n + 1 - m.Phase2
+		}
+	}
+}
