@@ -52,6 +52,7 @@ func (r *Replica) Brief() Brief {
 
 // LeaseUntil is Status().LeaseUntil; it costs no allocation.
 func (r *Replica) LeaseUntil() Instant {
+	r.absorb()
 	if r.role != Leader {
 		return 0
 	}
