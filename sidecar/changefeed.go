@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"quorate/paxosgroup"
+	"quorate/paxosgroup/runner"
 	"quorate/replication/entry"
 	"quorate/replication/feed"
 	"quorate/sidecar/admin"
@@ -67,6 +68,9 @@ func (s *shard) feedOnce(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	s.mu.Lock()
+	s.publisher = publisher
+	s.mu.Unlock()
 	leads := func() bool { return s.state == admin.StateLeading }
 	for {
 		if err := s.await(ctx, leads); err != nil {
@@ -110,6 +114,9 @@ func (f feedSource) Read(ctx context.Context, from uint64) (feed.Batch, error) {
 		}
 	}
 	ds, err := f.s.group.Read(paxosgroup.Slot(from), 1<<20)
+	if errors.Is(err, runner.ErrCompacted) {
+		return feed.Batch{}, &feed.CutError{Base: uint64(f.s.group.Status().Base)}
+	}
 	if err != nil {
 		return feed.Batch{}, err
 	}

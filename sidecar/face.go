@@ -2,10 +2,12 @@ package sidecar
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
 	"quorate/paxosgroup"
+	"quorate/paxosgroup/runner"
 	"quorate/replication/catalog"
 	"quorate/replication/entry"
 	"quorate/sidecar/admin"
@@ -122,6 +124,10 @@ func (se *session) logRows(next *paxosgroup.Slot) ([]catalog.LogRow, error) {
 	var rows []catalog.LogRow
 	for *next <= learned && len(rows) < logRowsMax {
 		batch, err := se.group.Read(*next, 4<<20)
+		if errors.Is(err, runner.ErrCompacted) { // cut before it could be shown
+			*next = se.group.Status().Base + 1
+			continue
+		}
 		if err != nil {
 			return nil, fmt.Errorf("transaction log: read slot %d: %w", *next, err)
 		}

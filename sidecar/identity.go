@@ -32,6 +32,10 @@ type identity struct {
 	// Replace says why the database must be replaced by an image, and is to be
 	// kept shut until it is; empty: it need not.
 	Replace string `json:"replace,omitempty"`
+	// Cut: the log was cut once. From then on one of Footings says what was known
+	// where it begins, unless the database came with an image.
+	Cut      bool      `json:"cut,omitempty"`
+	Footings []footing `json:"footings,omitempty"`
 }
 
 const identityFile = "identity.json"

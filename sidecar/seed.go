@@ -166,10 +166,10 @@ func literal(s string) string { return "'" + strings.ReplaceAll(s, "'", "''") + 
 // stands at or above a slot, under a new incarnation, and returns where in the log
 // it stands. It tries the regions
 // in turn until ctx ends; the old database is kept until the new one is complete.
-func seed(ctx context.Context, cfg *config.Config, db *database, peers *regionClients, clusterID uint64, above paxosgroup.Slot, log *slog.Logger, say func(string)) (paxosgroup.Base, paxosgroup.Incarnation, error) {
+func seed(ctx context.Context, cfg *config.Config, db *database, peers *regionClients, clusterID uint64, above paxosgroup.Slot, member *membership, log *slog.Logger, say func(string)) (paxosgroup.Base, paxosgroup.Incarnation, error) {
 	for {
 		for _, region := range sources(ctx, cfg, peers, clusterID) {
-			base, inc, err := seedFrom(ctx, cfg, db, peers, clusterID, region, above, log, say)
+			base, inc, err := seedFrom(ctx, cfg, db, peers, clusterID, region, above, member, log, say)
 			if err == nil {
 				return base, inc, nil
 			}
@@ -236,7 +236,7 @@ func sources(ctx context.Context, cfg *config.Config, peers *regionClients, clus
 	return regions
 }
 
-func seedFrom(ctx context.Context, cfg *config.Config, db *database, peers *regionClients, clusterID uint64, region string, above paxosgroup.Slot, log *slog.Logger, say func(string)) (base paxosgroup.Base, inc paxosgroup.Incarnation, err error) {
+func seedFrom(ctx context.Context, cfg *config.Config, db *database, peers *regionClients, clusterID uint64, region string, above paxosgroup.Slot, member *membership, log *slog.Logger, say func(string)) (base paxosgroup.Base, inc paxosgroup.Incarnation, err error) {
 	conn, err := peers.conn(region)
 	if err != nil {
 		return base, 0, err
@@ -273,6 +273,14 @@ func seedFrom(ctx context.Context, cfg *config.Config, db *database, peers *regi
 	}
 	err = db.found(ctx, to, clusterID, cfg.Region, inc, base.Slot)
 	to.Close(context.WithoutCancel(ctx))
+	if err != nil {
+		return base, 0, err
+	}
+	// Before the database is there: from now on it is known that nothing of this
+	// incarnation is below.
+	err = member.mark(func(id *identity) {
+		id.Footings = addFooting(id.Footings, footing{Incarnation: inc, Slot: base.Slot, Seeded: true})
+	})
 	if err != nil {
 		return base, 0, err
 	}
@@ -339,7 +347,7 @@ func (se *session) exportFollower(ctx context.Context) (*snapshot.Exported, erro
 	// Nothing foreign is applied meanwhile, and while it is settled nothing local
 	// commits: what is counted as applied before the export is in it.
 	se.mu.Lock()
-	settled, applied, attempt := se.settled, se.applied, se.openAttempt
+	settled, applied := se.settled, se.applied
 	se.mu.Unlock()
 	if !settled {
 		return nil, errNotSettled
@@ -357,12 +365,12 @@ func (se *session) exportFollower(ctx context.Context) (*snapshot.Exported, erro
 	}
 	// What was applied last may not be in applied yet.
 	slot := max(applied, paxosgroup.Slot(e.Slot))
-	if attempt != 0 && attempt <= slot {
-		// The image's log must hold the large transaction that is under way from
-		// its first fragment on. Fragments write nothing, so an earlier slot is as
-		// true of the image.
-		slot = attempt - 1
-	}
+	// The image's log must hold the large transaction that is under way from its
+	// first fragment on. Fragments write nothing, and sequence marks among them
+	// may be applied twice, so an earlier slot is as true of the image.
+	se.mu.Lock()
+	slot = se.large.whole(slot)
+	se.mu.Unlock()
 	return se.exported(ctx, e.Name, slot, e.Release)
 }
 
@@ -473,14 +481,21 @@ func (se *session) markAnew(ctx context.Context, ballot paxosgroup.Ballot) error
 }
 
 func (se *session) exported(ctx context.Context, name string, slot paxosgroup.Slot, release func()) (*snapshot.Exported, error) {
+	unhold := se.hold(slot) // from before the base is known to be there
 	bin, err := se.db.binDir(ctx, se.cfg)
 	var base paxosgroup.Base
 	if err == nil {
 		base, err = se.group.BaseAt(slot)
 	}
 	if err != nil {
+		unhold()
 		release()
 		return nil, fmt.Errorf("export at slot %d: %w", slot, err)
+	}
+	inner := release
+	release = func() {
+		unhold()
+		inner()
 	}
 	return &snapshot.Exported{
 		ConnString: se.db.dsn, SnapshotName: name, Slot: uint64(slot), Base: paxosgroup.EncodeBase(base),

@@ -46,6 +46,7 @@ type session struct {
 	watch       *pgx.Conn     // watchdog
 	samples     *pgx.Conn     // sequence samples
 	face        *pgx.Conn     // what the SQL face shows
+	position    *pgx.Conn     // the replication slot's
 	proof       *pgx.Conn     // the test commit
 	ddlKey      []byte        // of the database's DDL messages
 	replay      *replay.Session
@@ -82,6 +83,7 @@ func (s *shard) runSession(ctx context.Context, db *database, member *membership
 	g.Go(func() error { return se.replayer(ctx) })
 	g.Go(func() error { return s.sampler(ctx, sampler, se.visible) })
 	g.Go(func() error { return se.publish(ctx) })
+	g.Go(func() error { return se.trim(ctx) })
 	g.Go(func() error { return se.govern(ctx) })
 	return g.Wait()
 }
@@ -109,7 +111,7 @@ func (se *session) end() {
 			s.log.Warn("the database could not be shut again", "err", err)
 		}
 	}
-	for _, c := range []*pgx.Conn{se.ctl, se.watch, se.samples, se.face, se.proof} {
+	for _, c := range []*pgx.Conn{se.ctl, se.watch, se.samples, se.face, se.position, se.proof} {
 		if c != nil {
 			c.Close(ctx)
 		}
@@ -153,7 +155,7 @@ func (se *session) connect(ctx context.Context) error {
 	if shut {
 		se.set(func() { se.shut = true })
 	}
-	for name, c := range map[string]**pgx.Conn{"control": &se.ctl, "watchdog": &se.watch, "sequences": &se.samples, "status": &se.face, "proof": &se.proof} {
+	for name, c := range map[string]**pgx.Conn{"control": &se.ctl, "watchdog": &se.watch, "sequences": &se.samples, "status": &se.face, "position": &se.position, "proof": &se.proof} {
 		if *c, err = se.db.connect(ctx, name); err != nil {
 			return err
 		}
@@ -209,13 +211,26 @@ func (se *session) connect(ctx context.Context) error {
 		}
 		se.state = admin.StateStarting
 		se.health = ""
-		se.openAttempt = 0
 		// What lies between the origin's progress and what was applied wrote
 		// nothing, or was this incarnation's own, if the progress is what it was.
 		if p := se.replay.Progress(); p != se.progress || se.applied < paxosgroup.Slot(p) {
 			se.applied = paxosgroup.Slot(p)
 		}
 	})
+	se.mu.Lock()
+	base, applied, floor := se.ground.Slot, se.applied, se.ground.Redelivered
+	se.mu.Unlock()
+	why := ""
+	switch {
+	case applied < base:
+		why = fmt.Sprintf("the database stands at slot %d, and the log begins only after slot %d: it was restored", applied, base)
+	case se.redelivered < floor:
+		why = fmt.Sprintf("the replication slot stands at %s, and stood at %s before: the server was restored or replaced", se.redelivered, floor)
+	}
+	if why != "" {
+		se.set(func() { se.condemn(why) })
+		return se.quarantine(ctx)
+	}
 	return nil
 }
 
@@ -440,14 +455,9 @@ func (se *session) replayer(ctx context.Context) error {
 				break // chosen, but its term is not judged by the learner yet
 			}
 			next = d.Slot + 1
-			tx, attempt, err := se.transaction(d)
+			tx, err := se.transaction(d)
 			if err != nil {
 				return err
-			}
-			if attempt != nil {
-				se.mu.Lock()
-				se.openAttempt = *attempt
-				se.mu.Unlock()
 			}
 			if tx == nil {
 				continue
@@ -513,44 +523,25 @@ func (se *session) apply(ctx context.Context, work []replay.Transaction, incarna
 	return nil
 }
 
-// transaction returns what replay has to do for an entry, or nil; and, if the
-// entry moves it, the slot of the first fragment of a large transaction that is
-// under way in the log (0: none is).
-func (se *session) transaction(d paxosgroup.Delivered) (tx *replay.Transaction, attempt *paxosgroup.Slot, err error) {
-	if d.Verdict != paxosgroup.Effective {
-		return nil, nil, nil
-	}
-	none := new(paxosgroup.Slot)
-	switch d.Entry.Kind {
-	case paxosgroup.KindOpening:
-		return nil, none, nil // what was under way in another term comes to nothing
-	case paxosgroup.KindData:
-	default:
-		return nil, nil, nil
+// transaction returns what replay has to do for an entry, or nil.
+func (se *session) transaction(d paxosgroup.Delivered) (*replay.Transaction, error) {
+	if d.Verdict != paxosgroup.Effective || d.Entry.Kind != paxosgroup.KindData || d.Entry.Incarnation == se.incarnation {
+		return nil, nil
 	}
 	p, err := entry.Decode(d.Entry.Payload)
 	if err != nil {
-		return nil, nil, fmt.Errorf("slot %d: %w", d.Slot, err)
+		return nil, fmt.Errorf("slot %d: %w", d.Slot, err)
 	}
-	switch p.Type {
-	case entry.TypeFragment:
-		if p.Fragment == 1 {
-			return nil, &d.Slot, nil
-		}
-		return nil, nil, nil
-	case entry.TypeCommit:
-		attempt = none
+	if p.Type == entry.TypeFragment {
+		return nil, nil
 	}
-	if d.Entry.Incarnation == se.incarnation {
-		return nil, attempt, nil
-	}
-	tx = &replay.Transaction{Slot: uint64(d.Slot), CommitTime: p.Header.CommitTime, Payload: p}
+	tx := &replay.Transaction{Slot: uint64(d.Slot), CommitTime: p.Header.CommitTime, Payload: p}
 	if p.Type == entry.TypeCommit {
 		tx.Fragments = func(yield func(body []byte) error) error {
 			return fragments(se.group, d, p, yield)
 		}
 	}
-	return tx, attempt, nil
+	return tx, nil
 }
 
 // errNotSettled says that the database is not one to replay into at the moment.

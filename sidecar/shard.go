@@ -14,6 +14,7 @@ import (
 	"quorate/paxosgroup/runner"
 	"quorate/replication/capture"
 	"quorate/replication/entry"
+	"quorate/replication/feed"
 	"quorate/replication/sequence"
 	"quorate/sidecar/admin"
 	"quorate/sidecar/config"
@@ -58,6 +59,9 @@ type shard struct {
 	lastForeign  paxosgroup.Ballot // term of the last effective opening of another incarnation than ours
 	effectiveLSN entry.LSN         // every own commit ending at or below it is effective
 	own          ownCommits        // own effective commits, to recognise redelivered ones
+	ground       footing           // what was known where the log begins
+	foreign      []foreignTerm     // effective openings of other incarnations above that
+	large        spans             // large transactions above that
 	chosenAt     slotTimes         // when slots became chosen here, to tell lag in time
 
 	// What the database is.
@@ -65,7 +69,7 @@ type shard struct {
 	state       string // an admin.State constant
 	health      string // why it cannot go on; empty: it can
 	applied     paxosgroup.Slot
-	openAttempt paxosgroup.Slot   // of the first fragment of the large transaction that applied stands within; 0: none
+	durable     paxosgroup.Slot   // everything up to here is on disk in this database, and whole
 	open        bool              // the fence is open
 	opened      opening           // the last time it was opened after another region's term
 	proposing   paxosgroup.Ballot // term in which captured commits are proposed; zero: none
@@ -81,6 +85,10 @@ type shard struct {
 	// Of commits whose spans are to be made.
 	spans    chan commitSpans
 	accepted chan acceptedEntry
+
+	images    []*heldImage    // shipped, or just now: the log is kept for them
+	publisher *feed.Publisher // of this region; nil until there is one
+	logBytes  func() int64    // that the log takes on disk
 
 	// What capture handed over and PostgreSQL was not yet told.
 	stream     *capture.Stream
@@ -241,9 +249,11 @@ func (s *shard) learnOne(d *paxosgroup.Delivered) error {
 	}
 	switch d.Entry.Kind {
 	case paxosgroup.KindOpening:
+		s.large.finish(d.Slot) // what was under way in another term comes to nothing
 		s.term = termInfo{ballot: d.Entry.Term, region: d.Entry.Region, incarnation: d.Entry.Incarnation, slot: d.Slot}
 		if d.Entry.Incarnation != s.incarnation {
 			s.lastForeign = d.Entry.Term
+			s.foreign = append(s.foreign, foreignTerm{d.Slot, d.Entry.Term})
 			s.proposing, s.restart = paxosgroup.Ballot{}, paxosgroup.Ballot{}
 		}
 		s.turn()
@@ -251,6 +261,12 @@ func (s *shard) learnOne(d *paxosgroup.Delivered) error {
 		p, err := entry.Decode(d.Entry.Payload)
 		if err != nil {
 			return fmt.Errorf("slot %d: %w", d.Slot, err)
+		}
+		switch {
+		case p.Type == entry.TypeFragment && p.Fragment == 1:
+			s.large.begin(d.Slot)
+		case p.Type == entry.TypeCommit:
+			s.large.finish(d.Slot)
 		}
 		if p.Type == entry.TypeMarks {
 			if s.tracker != nil && d.Entry.Incarnation == s.incarnation {
@@ -577,6 +593,7 @@ func (s *shard) cover(upTo uint64) {
 type ownCommits struct {
 	ring  []ownCommit
 	start int
+	cut   entry.LSN // where the last of those ends that the log no longer holds
 }
 
 type ownCommit struct {
@@ -616,7 +633,7 @@ func (o *ownCommits) search(lsn entry.LSN) int {
 // oldest remembered is taken as known by its position.
 func (o *ownCommits) matches(h entry.Header) bool {
 	i := o.search(h.EndLSN)
-	if i == 0 && len(o.ring) == ownCommitsMax && h.EndLSN < o.at(0).header.EndLSN {
+	if h.EndLSN <= o.cut || i == 0 && len(o.ring) == ownCommitsMax && h.EndLSN < o.at(0).header.EndLSN {
 		return true
 	}
 	if i == len(o.ring) {
@@ -635,6 +652,23 @@ func (o *ownCommits) allIn(lsn entry.LSN, ends []entry.LSN) bool {
 		}
 	}
 	return true
+}
+
+// lastAt returns where the last own commit in a slot up to the given one ends.
+func (o *ownCommits) lastAt(slot paxosgroup.Slot) (entry.LSN, bool) {
+	lo, hi := 0, len(o.ring)
+	for lo < hi {
+		mid := (lo + hi) / 2
+		if o.at(mid).slot <= slot {
+			lo = mid + 1
+		} else {
+			hi = mid
+		}
+	}
+	if lo == 0 {
+		return 0, false
+	}
+	return o.at(lo - 1).header.EndLSN, true
 }
 
 // slotAt returns the slot of the last own commit that ends at or below lsn.

@@ -171,7 +171,7 @@ func join(ctx context.Context, cfg *config.Config, id *identity, member *members
 			case <-time.After(500 * time.Millisecond):
 			}
 		}
-	} else if base, _, err = seed(ctx, cfg, db, peers, id.ClusterID, 0, log, say); err != nil {
+	} else if base, _, err = seed(ctx, cfg, db, peers, id.ClusterID, 0, member, log, say); err != nil {
 		return slots, nil, err
 	}
 	if err := startLog(slots, base); err != nil {
@@ -233,6 +233,7 @@ func takePart(ctx context.Context, cfg *config.Config, id identity, member *memb
 	m := newMetrics(registry)
 	s := newShard(cfg, tracer, m, log)
 	s.clusterID, s.others = id.ClusterID, back
+	s.logBytes = func() int64 { return int64(slots.Stats().Segments) * int64(cfg.Log.SegmentBytes) }
 	var run *runner.Runner
 	transport, err := peer.New(peer.Config{
 		ClusterID: fmt.Sprintf("%016x", id.ClusterID), Self: id.ReplicaID, Logger: log,
@@ -349,7 +350,7 @@ func (s *shard) live(ctx context.Context, db *database, member *membership) erro
 			return nil
 		}
 		if errors.Is(err, errReplace) {
-			if err = s.replace(ctx, db); err == nil {
+			if err = s.replace(ctx, db, member); err == nil {
 				err = member.markReplace("")
 			}
 		}
@@ -376,11 +377,38 @@ func (s *shard) fail(err error) {
 	}
 }
 
-// replace seeds this region anew.
-func (s *shard) replace(ctx context.Context, db *database) error {
+// replace seeds this region anew. Where the image stands above what the log
+// holds, which others have cut, the log begins there.
+func (s *shard) replace(ctx context.Context, db *database, member *membership) error {
 	s.set(func() { s.state, s.health = admin.StateSeeding, "" })
-	_, _, err := seed(ctx, s.cfg, db, s.others.peers, s.clusterID, s.group.Status().Base, s.log, func(note string) { s.log.Info(note) })
-	return err
+	st := s.group.Status()
+	above := st.Base
+	if s.group.NeedsSnapshot() {
+		above = st.Chosen + 1
+	}
+	base, _, err := seed(ctx, s.cfg, db, s.others.peers, s.clusterID, above, member, s.log, func(note string) { s.log.Info(note) })
+	if err != nil {
+		return err
+	}
+	return s.group.Restart(ctx, base)
+}
+
+// watchBehind ends an incarnation when the others have cut their logs past what
+// is missing here.
+func (s *shard) watchBehind(ctx context.Context) error {
+	tick := time.NewTicker(behindEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+		if s.group.NeedsSnapshot() {
+			s.log.Warn("the other regions have cut their logs past what is missing here: this region is seeded anew", "chosen", s.group.Status().Chosen)
+			return fmt.Errorf("%w: it is behind the others' logs", errReplace)
+		}
+	}
 }
 
 // begin returns the incarnation of the database, having set it up if it is new,
@@ -456,10 +484,29 @@ func (s *shard) begin(ctx context.Context, db *database, member *membership) (in
 // as that lasts, sessions as PostgreSQL comes and goes. It returns errReplace
 // when the database must be replaced.
 func (s *shard) incarnate(ctx context.Context, db *database, member *membership, inc paxosgroup.Incarnation) error {
+	base, err := s.lowestBase()
+	if err != nil {
+		return err
+	}
+	id, _ := member.current()
+	ground, err := footingAt(id, inc, base)
+	if err != nil {
+		s.log.Error("this database must be replaced", "why", err)
+		if err := member.markReplace(err.Error()); err != nil {
+			return err
+		}
+		return fmt.Errorf("%w: %w", errReplace, err)
+	}
 	s.set(func() {
 		s.incarnation = inc
-		s.learned, s.applied, s.effectiveLSN = s.group.Status().Base, 0, 0
-		s.term, s.lastForeign, s.opened, s.own = termInfo{}, paxosgroup.Ballot{}, opening{}, ownCommits{}
+		s.ground, s.foreign, s.large, s.durable = ground, nil, nil, 0
+		s.learned, s.applied, s.effectiveLSN = base.Slot, 0, ground.EffectiveLSN
+		s.lastForeign, s.opened, s.own = ground.LastForeign, opening{}, ownCommits{cut: ground.EffectiveLSN}
+		// Where the log begins within a term, its opening is cut.
+		s.term = termInfo{}
+		if j := base.Judge; !j.Term.IsZero() {
+			s.term = termInfo{ballot: j.Term, region: j.Region, incarnation: j.Incarnation, slot: base.Slot}
+		}
 		s.divergent, s.tracker, s.sequences, s.held = "", nil, false, false
 		s.arrivals, s.covered, s.wanted, s.sampling, s.pending, s.ddl = 0, 0, 0, 0, nil, 0
 		s.conflict, s.progress = false, 0
@@ -468,8 +515,8 @@ func (s *shard) incarnate(ctx context.Context, db *database, member *membership,
 	})
 	s.group.SetIncarnation(inc)
 	g, ctx := errgroup.WithContext(ctx)
-	from := s.group.Status().Base + 1
-	g.Go(func() error { return s.learn(ctx, from) })
+	g.Go(func() error { return s.learn(ctx, base.Slot+1) })
+	g.Go(func() error { return s.watchBehind(ctx) })
 	g.Go(func() error {
 		for {
 			err := s.runSession(ctx, db, member)

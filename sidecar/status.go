@@ -144,15 +144,24 @@ func (b *backend) ask(ctx context.Context, region string, clusterID uint64) admi
 	return r
 }
 
+// heard returns what was last heard of another region.
+func (b *backend) heard(region string) admin.RegionStatus {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.last[region]
+}
+
 // regionStatus tells how this region is, without asking anybody.
 func (s *shard) regionStatus() admin.RegionStatus {
 	st := s.group.Status()
 	now := s.now()
+	feedNext := s.feedNext()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	r := admin.RegionStatus{
 		Name: s.cfg.Region, Reachable: true, ReplicaID: st.ID, State: s.state,
 		Ballot: st.Ballot, Base: st.Base, Chosen: st.Chosen, Applied: s.applied, Incarnation: s.incarnation, Void: st.Void,
+		Durable: s.durable, FeedNext: feedNext, LogBytes: uint64(s.logBytes()),
 		Lag: s.chosenAt.lag(s.applied, s.learned, time.Now()), Healthy: s.health == "", Health: "ok",
 	}
 	r.LagSlots = uint64(st.Chosen - min(st.Chosen, s.applied))

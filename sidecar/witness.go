@@ -24,11 +24,16 @@ func (s *shard) witness(ctx context.Context) error {
 	s.set(func() { s.state = admin.StateWitness })
 	tick := time.NewTicker(behindEvery)
 	defer tick.Stop()
-	for {
+	for looks := 0; ; looks++ {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-tick.C:
+		}
+		if looks%int(cutEvery/behindEvery) == 0 {
+			if err := s.trimWitness(ctx); err != nil {
+				return endOf(ctx, err)
+			}
 		}
 		if !s.group.NeedsSnapshot() {
 			continue
@@ -47,9 +52,8 @@ func (s *shard) witness(ctx context.Context) error {
 }
 
 // witnessBase returns where the log of a witness may begin, at a slot or above:
-// where that of some region does, the lowest. Everything below is on disk in the
-// databases of as many regions as hold an acknowledged commit, so that nothing
-// rests on this log.
+// where that of some region does, the lowest. Everything below is on disk in so many
+// databases that nothing rests on this log.
 func witnessBase(ctx context.Context, cfg *config.Config, peers *regionClients, clusterID uint64, from paxosgroup.Slot) (paxosgroup.Base, error) {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
@@ -118,10 +122,8 @@ func witnessBase(ctx context.Context, cfg *config.Config, peers *regionClients, 
 }
 
 // holdersNeeded is in how many databases a slot must be on disk before the log
-// of a witness may do without it: in as many as have an acknowledged commit, so
-// that the same losses are survived, and in a majority of them.
+// of a witness may do without it: in a majority of them, and in one more than
+// the regions whose loss is to lose nothing.
 func holdersNeeded(m paxosgroup.Membership) int {
-	databases := databasesOf(m)
-	_, phase2 := m.Quorums()
-	return max(databases/2+1, min(phase2, databases))
+	return max(databasesOf(m)/2+1, durability(m)+1)
 }

@@ -121,6 +121,13 @@ type Log struct {
 	Dir string `yaml:"dir"`
 	// SegmentBytes is the size at which a new file is begun.
 	SegmentBytes ByteSize `yaml:"segment_bytes"`
+	// KeepBytes is how much of the log stays although nobody needs it. What is
+	// more is cut once every region's database has it on disk.
+	KeepBytes ByteSize `yaml:"keep_bytes"`
+	// MaxBytes is from when on the log is also cut past regions that are behind or
+	// down, which are then seeded anew. It is never cut past what this region's own
+	// database has on disk.
+	MaxBytes ByteSize `yaml:"max_bytes"`
 }
 
 // Capture configures reading the local server's changes.
@@ -206,7 +213,7 @@ func Default() Config {
 			WindowSlotsMax:     1024,
 			WindowBytesMax:     16 << 20,
 		},
-		Log:            Log{SegmentBytes: 64 << 20},
+		Log:            Log{SegmentBytes: 64 << 20, KeepBytes: 256 << 20, MaxBytes: 4 << 30},
 		Capture:        Capture{FragmentBytesMax: 1 << 20},
 		Replay:         Replay{BatchBytesMax: 4 << 20, LockTimeout: time.Second, MaxReaderDelay: 30 * time.Second},
 		Snapshot:       Snapshot{Parallel: 4},

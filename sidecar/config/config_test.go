@@ -70,7 +70,7 @@ func TestEverySetting(t *testing.T) {
 		PreferredLeader: "a", DurabilityRegions: 1,
 		Consensus: Consensus{HeartbeatInterval: 50 * time.Millisecond, ElectionTimeoutMin: 700 * time.Millisecond, LeaseDuration: 900 * time.Millisecond,
 			ClockDriftPPMMax: 7, WindowSlotsMax: 99, WindowBytesMax: 5 << 20, Phase1Quorum: 3, Phase2Quorum: 2},
-		Log:            Log{Dir: "/l", SegmentBytes: 3 << 20},
+		Log:            Log{Dir: "/l", SegmentBytes: 3 << 20, KeepBytes: 5 << 20, MaxBytes: 99 << 20},
 		Capture:        Capture{FragmentBytesMax: 100_000},
 		Replay:         Replay{BatchBytesMax: 2 << 20, LockTimeout: 250 * time.Millisecond, MaxReaderDelay: 3 * time.Second},
 		Snapshot:       Snapshot{Parallel: 9},

@@ -62,6 +62,11 @@ func (d *decoder) validate(c Config) {
 		d.absolute("log.dir", c.Log.Dir)
 	}
 	between(d, "log.segment_bytes", c.Log.SegmentBytes, 1<<20, 2<<30)
+	between(d, "log.keep_bytes", c.Log.KeepBytes, 1<<20, 1<<50)
+	between(d, "log.max_bytes", c.Log.MaxBytes, 1<<20, 1<<50)
+	if least := max(c.Log.KeepBytes, 4*c.Log.SegmentBytes); c.Log.MaxBytes < least {
+		d.report("log.max_bytes", "%v is less than log.keep_bytes and four of log.segment_bytes, %v", c.Log.MaxBytes, least)
+	}
 	between(d, "capture.fragment_bytes_max", c.Capture.FragmentBytesMax, 16<<10, 8<<20)
 	between(d, "replay.batch_bytes_max", c.Replay.BatchBytesMax, 64<<10, 1<<30)
 	between(d, "replay.lock_timeout", c.Replay.LockTimeout, time.Millisecond, time.Minute)
