@@ -222,12 +222,12 @@ func TestStalledFollowerIsNotSentMoreThanItsWindow(t *testing.T) {
 func TestLostAcceptsAreSentAgainOnce(t *testing.T) {
 	w := newSlowLink(t, nil)
 	w.pass(1, 10)
-	lost := linkID{1, 3, false}
-	other := linkID{1, 2, false}
+	lost := linkID{1, 2, false}
+	other := linkID{1, 3, false}
 	for range 20 {
 		w.pass(0, 0)
 	}
-	// 2 hears nothing at all, so that nothing is chosen; 3 loses one Accept.
+	// 3 hears nothing at all, so that nothing is chosen; 2 loses one Accept.
 	for range 3 {
 		if _, _, err := w.rs[0].Propose(w.now, []byte("x")); err != nil {
 			t.Fatal(err)
@@ -236,7 +236,7 @@ func TestLostAcceptsAreSentAgainOnce(t *testing.T) {
 	}
 	q := w.links[lost].queue
 	if len(q) != 3 {
-		t.Fatalf("%d messages to 3", len(q))
+		t.Fatalf("%d messages to 2", len(q))
 	}
 	w.links[lost].queue = append(q[:1:1], q[2])
 	w.links[other].queue = nil

@@ -26,6 +26,9 @@ type leadership struct {
 	confirmAt   Instant // last one sent to all for the sake of reads
 	noticeAt    Instant // when the chosen slot is to be made known; 0 if it is
 	noticedAt   Instant
+	noticed     Slot // is what is to be made known at noticeAt
+	tail        tail
+	hedgeAt     Instant // when held entries are to be sent; 0 if none are held
 
 	change   *change // under way and not chosen yet
 	revert   bool    // the joint configuration is to be left the way it was entered
@@ -72,7 +75,7 @@ func (r *Replica) peer(id ReplicaID) *peer {
 // beginLeading starts phase 2: first what was inherited, then the opening.
 func (r *Replica) beginLeading() {
 	l := &r.lead
-	l.since, l.next = r.now, r.chosen+1
+	l.since, l.next, l.tail, l.hedgeAt = r.now, r.chosen+1, tail{}, 0
 	for _, a := range r.slots() { // the own promise
 		if st := r.log[a]; st.ballot.Less(r.ballot) {
 			r.recover(AcceptedEntry{Slot: a, Ballot: st.ballot, Entry: st.entry})
@@ -94,7 +97,9 @@ func (r *Replica) beginLeading() {
 func (r *Replica) pump() {
 	l := &r.lead
 	for r.stage == proposing && l.phase1 && l.inheritedAt == 0 {
-		l.next = max(l.next, r.chosen+1)
+		if l.next <= r.chosen { // learned from others
+			l.next, l.tail = r.chosen+1, tail{}
+		}
 		switch {
 		case l.next <= l.recoveredMax:
 			e := Entry{Kind: KindNoOp, Term: r.ballot, Region: r.cfg.Region, Incarnation: r.incarnation}
@@ -132,6 +137,7 @@ func (r *Replica) propose(e Entry) {
 	l.next++
 	l.windowBytes += len(e.Payload)
 	r.put(s, &slotState{ballot: r.ballot, entry: e})
+	l.tail.add(SlotEntry{Slot: s, Entry: e})
 	r.persist(Record{Kind: RecordAccept, Ballot: r.ballot, Slot: s, Entry: e})
 	r.countWhenFlushed(r.ballot, s)
 }
@@ -239,7 +245,7 @@ func (r *Replica) afterLearning(before Slot) {
 	if !r.membership.Votes(r.cfg.ID) && r.role != Leader {
 		// Removed by another leadership (one that does it itself leaves when the
 		// change is done). The others are to know before this one falls silent.
-		r.lead.noticeAt = r.now
+		r.lead.noticeAt, r.lead.noticed = r.now, r.chosen
 		r.sendChosen()
 		r.stepDown()
 		return
@@ -256,17 +262,25 @@ func (r *Replica) prepareNewcomers() {
 	}
 }
 
-// scheduleNotice says when followers are to hear of the chosen slot: at once if
-// nothing follows that could carry it, else soon.
+// scheduleNotice says when followers are to hear of the chosen slot: soon, so
+// that an Accept which follows can carry it.
 func (r *Replica) scheduleNotice() {
 	l := &r.lead
-	due := r.now
-	if r.chosen+1 < l.next {
+	due := r.now.Add(hedgeDelay)
+	switch {
+	case r.changeState() != ChangeNone || l.transfer != nil:
+		due = r.now // the next step waits until they know
+	case r.chosen+1 < l.next:
 		due = max(due, l.noticedAt.Add(noticeDelay))
 	}
-	if l.noticeAt == 0 || due < l.noticeAt {
-		l.noticeAt = due
+	told := true
+	for _, p := range r.peers {
+		told = told && p.chosenSent >= l.noticed
 	}
+	if told || l.noticeAt == 0 {
+		l.noticeAt, l.noticed = due, r.chosen
+	}
+	l.noticeAt = min(l.noticeAt, due)
 }
 
 // sendChosen makes the chosen slot known to those who have not heard of it by
@@ -277,12 +291,19 @@ func (r *Replica) sendChosen() {
 		return
 	}
 	l.noticeAt, l.noticedAt = 0, r.now
+	if r.changeState() != ChangeNone || l.transfer != nil {
+		l.noticed = r.chosen
+	}
 	for _, p := range r.peers {
-		// One that cannot keep up hears it with the next heartbeat.
-		if slots, _ := r.room(p); p.chosenSent < r.chosen && slots > 0 {
+		// What was chosen since has its own time to be carried by an Accept. One
+		// that cannot keep up hears it with the next heartbeat.
+		if slots, _ := r.room(p); p.chosenSent < l.noticed && slots > 0 {
 			p.chosenSent = r.chosen
 			r.send(Message{Kind: MsgHeartbeat, To: p.id, Ballot: r.ballot, Chosen: r.chosen})
 		}
+	}
+	if l.noticed < r.chosen {
+		r.scheduleNotice()
 	}
 }
 

@@ -52,6 +52,7 @@ func (r *Replica) choose(s Slot, e Entry) {
 		if r.stage == proposing && st.ballot == r.ballot {
 			invariant(sameValue(st.entry, e), "slot %d proposed at %v with another value than was chosen", s, r.ballot)
 			r.lead.windowBytes -= len(st.entry.Payload)
+			r.lead.tail.chosenBytes += len(st.entry.Payload)
 		}
 		r.drop(s)
 	}

@@ -342,7 +342,7 @@ func TestLearningAnothersEntryDeposes(t *testing.T) {
 	}
 }
 
-func TestChosenIsToldAtOnceWhenNothingFollows(t *testing.T) {
+func TestChosenIsToldSoonWhenNothingFollows(t *testing.T) {
 	l := newLab(t, 1, false)
 	b := l.lead()
 	if _, _, err := l.r.Propose(l.now, []byte("x")); err != nil {
@@ -350,7 +350,11 @@ func TestChosenIsToldAtOnceWhenNothingFollows(t *testing.T) {
 	}
 	l.settle()
 	l.step(Message{Kind: MsgAccepted, From: 2, Ballot: b, Slots: []Slot{2}})
-	out := only(l.step(Message{Kind: MsgAccepted, From: 3, Ballot: b, Slots: []Slot{2}}), MsgHeartbeat)
+	l.step(Message{Kind: MsgAccepted, From: 3, Ballot: b, Slots: []Slot{2}})
+	if due := l.r.NextDeadline(); due > l.now.Add(hedgeDelay) {
+		t.Errorf("nothing is due for %v", due.Sub(l.now))
+	}
+	out := only(l.pass(hedgeDelay), MsgHeartbeat)
 	if len(out) != 4 || out[0].Chosen != 2 || out[0].SentAt != 0 {
 		t.Errorf("sends %+v, want the chosen slot to four, and no request for a lease", out)
 	}

@@ -83,6 +83,9 @@ func (r *Replica) NextDeadline() Instant {
 		if r.lead.noticeAt != 0 {
 			next = min(next, r.lead.noticeAt)
 		}
+		if r.lead.hedgeAt != 0 {
+			next = min(next, r.lead.hedgeAt)
+		}
 		if r.lead.next > r.chosen+1 || r.lead.transfer != nil || r.changeState() != ChangeNone || !r.lead.phase1 {
 			next = min(next, r.now.Add(r.cfg.TickInterval))
 		}

@@ -101,6 +101,7 @@ func TestGapInPipelineVoidsSuccessor(t *testing.T) {
 			return carries(m, 1) || carries(m, 2) && m.To != 3
 		}
 		w.mustOffer(t, one)
+		w.run(5 * time.Millisecond) // so that no Accept carries both
 		w.mustOffer(t, one)
 		slotA := one.group(1).Status().LastSlot - 1
 		w.run(150 * time.Millisecond)
@@ -149,6 +150,7 @@ func TestLateAcceptOfOldBallot(t *testing.T) {
 		}
 		for range 3 {
 			w.mustOffer(t, one)
+			w.run(5 * time.Millisecond) // so that each has an Accept of its own
 		}
 		slot := one.group(1).Status().LastSlot
 		w.run(50 * time.Millisecond)
