@@ -9,7 +9,7 @@ import (
 // rest cost as much as one: a heartbeat to each peer process in which any of
 // them leads something, and its answer, stand for those of all groups. Like a
 // Replica it is pure, not safe for concurrent use, and stepped by the same
-// caller; Config.Beats hands it to the replicas.
+// caller; Replica.Share hands it to the replicas.
 //
 // A leader asks a follower by an ordinary heartbeat to be registered. The
 // follower answers with its life and a generation, which it keeps for each peer
@@ -93,6 +93,7 @@ type endedGeneration struct {
 const (
 	beatProbeInterval    = 10 * time.Second // to a peer in which nothing is led
 	beatGreetingInterval = time.Second      // to one that never answered
+	appliedAskMax        = 10 * time.Second // between questions what a database that stands still has applied
 )
 
 // NewBeats returns the beats of the process that holds replicas id. life is a
@@ -271,9 +272,19 @@ type covering struct {
 	since            Instant // beats sent later count
 }
 
+// Share has beats stand for heartbeats of this replica. It is called once, before
+// the replica is first stepped; all that share b are then stepped by one caller.
+func (r *Replica) Share(b *Beats) {
+	invariant(r.beats == nil && r.stage == idle && b.id == r.cfg.ID, "replica %d shares beats of process %d", r.cfg.ID, b.id)
+	r.beats = b
+	for _, p := range r.peers {
+		b.link(p.id)
+	}
+}
+
 // absorb takes in what beats have done since this replica was last stepped.
 func (r *Replica) absorb() {
-	b := r.cfg.Beats
+	b := r.beats
 	if b == nil || r.absorbed == b.changes {
 		return
 	}
@@ -316,13 +327,13 @@ func (r *Replica) unregister() {
 	if r.registered.with == 0 {
 		return
 	}
-	r.cfg.Beats.leave(r.registered.with, r.registered.generation)
+	r.beats.leave(r.registered.with, r.registered.generation)
 	r.registered = registration{}
 }
 
 // share adds to a heartbeat that it asks for registration.
 func (r *Replica) share(p *peer, m *Message) {
-	b := r.cfg.Beats
+	b := r.beats
 	if b == nil || !r.lead.opened || r.lead.transfer != nil {
 		return
 	}
@@ -339,7 +350,7 @@ func (r *Replica) unshare(p *peer) {
 	p.covering = covering{}
 	if p.shares {
 		p.shares = false
-		k := r.cfg.Beats.link(p.id)
+		k := r.beats.link(p.id)
 		k.sharers--
 		k.mine++
 	}
@@ -347,7 +358,7 @@ func (r *Replica) unshare(p *peer) {
 
 // cover takes in a follower's answer to being asked for registration.
 func (r *Replica) cover(p *peer, m Message) {
-	b := r.cfg.Beats
+	b := r.beats
 	if b == nil || !m.Shared || m.Life == 0 || !p.shares || !b.learn(b.link(p.id), m) {
 		return
 	}
@@ -359,24 +370,21 @@ func (r *Replica) cover(p *peer, m Message) {
 
 // heartbeatDue returns when p is to be sent a heartbeat of this group's own:
 // while beats stand for it, only if it has yet to say that it knows all that is
-// chosen, and has applied it. One that is silent, or does not come on, is asked
-// less often as long as the lease does not need it.
+// chosen, and has applied it. One that is silent is asked less often, as long as
+// the lease does not need it, and so is one whose database does not come on.
 func (r *Replica) heartbeatDue(p *peer, leased bool) (due Instant, ok bool) {
 	interval := r.cfg.HeartbeatInterval
-	if r.cfg.Beats != nil && leased && r.settled && r.lead.change == nil {
-		seldom := max(interval, r.cfg.LeaseDuration/2)
+	if r.beats != nil && leased && r.settled && r.lead.change == nil {
 		covered := p.covering.life != 0
 		m, _ := r.membership.Member(p.id)
 		switch {
 		case covered && p.chosen < r.chosen:
 		case covered && p.applied < r.chosen && m.Kind != Witness:
-			if p.movedAt.Add(time.Second) < r.now {
-				interval = seldom
-			}
+			interval = max(interval, min(r.now.Sub(p.movedAt)/2, appliedAskMax))
 		case covered:
 			return 0, false
 		case p.lastHeard.Add(time.Second) < r.now:
-			interval = seldom
+			interval = max(interval, r.cfg.LeaseDuration/2)
 		}
 	}
 	return p.toldAt.Add(interval), true

@@ -27,7 +27,6 @@ type Config struct {
 
 	PreferredRegion    string // others wait a little longer at an election; may be empty
 	HandBack           bool   // Status tells the leader when the preferred region could take over
-	Beats              *Beats // shared with the other groups of this process; nil: heartbeats are this group's own
 	Seed               uint64 // of the replica's random numbers
 	RestartedWithState bool   // it may have granted a lease it has forgotten
 }

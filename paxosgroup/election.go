@@ -161,7 +161,7 @@ func (r *Replica) tickCandidate() {
 // pre-vote for a ballot that nobody needs to grant. A follower sends nothing
 // else that is answered; beats measure for all groups.
 func (r *Replica) tickProbe() {
-	if r.now < r.probeAt || r.self < 0 || r.cfg.Beats != nil {
+	if r.now < r.probeAt || r.self < 0 || r.beats != nil {
 		return
 	}
 	r.probeAt = r.now.Add(probeInterval/2 + r.random(probeInterval))

@@ -135,7 +135,7 @@ func (f *flock) start(p *process) {
 		p.beats = NewBeats(p.id, f.rng.Uint64()|1, 100*time.Millisecond)
 	}
 	for g, x := range p.members {
-		cfg := Config{Group: GroupID(g + 1), ID: p.id, Region: fmt.Sprintf("r%d", p.id), Seed: f.rng.Uint64(), RestartedWithState: p.lives > 1, Beats: p.beats}
+		cfg := Config{Group: GroupID(g + 1), ID: p.id, Region: fmt.Sprintf("r%d", p.id), Seed: f.rng.Uint64(), RestartedWithState: p.lives > 1}
 		if f.tune != nil {
 			f.tune(&cfg)
 		}
@@ -162,6 +162,9 @@ func (f *flock) start(p *process) {
 			f.t.Fatal(err)
 		}
 		x.core = core
+		if f.beats {
+			core.Share(p.beats)
+		}
 		f.settle(p, g)
 	}
 	f.schedule(p)

@@ -52,7 +52,7 @@ func (r *Replica) onHeartbeat(m Message) {
 		Kind: MsgHeartbeatAck, To: m.From, Ballot: m.Ballot, Chosen: r.chosen, Applied: r.applied,
 		SentAt: m.SentAt, Granted: true,
 	}
-	if b := r.cfg.Beats; b != nil && m.Shared && m.Life != 0 {
+	if b := r.beats; b != nil && m.Shared && m.Life != 0 {
 		if generation, ok := b.register(m.From, m.Life, m.Generation); ok {
 			r.registered = registration{with: m.From, generation: generation, seen: r.now}
 			out.Shared, out.Life, out.Generation = true, b.life, generation

@@ -176,8 +176,8 @@ func (r *Replica) connect() {
 			}
 		}
 		r.peers = append(r.peers, p)
-		if r.cfg.Beats != nil {
-			r.cfg.Beats.link(p.id)
+		if r.beats != nil {
+			r.beats.link(p.id)
 		}
 	}
 	for _, p := range old {

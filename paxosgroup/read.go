@@ -164,9 +164,9 @@ func (r *Replica) serveReadsAsLeader() {
 // does not wait for two.
 func (r *Replica) confirmDue() Instant {
 	last := r.lead.heartbeatAt
-	if r.cfg.Beats != nil {
+	if r.beats != nil {
 		for _, p := range r.peers {
-			last = max(last, r.cfg.Beats.link(p.id).sentAt)
+			last = max(last, r.beats.link(p.id).sentAt)
 		}
 	}
 	return max(last+1, r.lead.confirmAt.Add(r.readSpace()))

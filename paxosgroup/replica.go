@@ -77,7 +77,8 @@ type Replica struct {
 	grantedTo    Ballot
 	grantedUntil Instant
 	registered   registration
-	absorbed     uint64  // of the changes of Beats
+	beats        *Beats  // nil: heartbeats are this group's own
+	absorbed     uint64  // of its changes
 	restartUntil Instant // until when an earlier life may have granted one
 
 	// Elections.

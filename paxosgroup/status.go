@@ -59,6 +59,9 @@ func (r *Replica) LeaseUntil() Instant {
 	return r.reportedLease()
 }
 
+// ID returns the replica's.
+func (r *Replica) ID() ReplicaID { return r.cfg.ID }
+
 // Leading returns the ballot in which this replica leads, or none.
 func (r *Replica) Leading() (Ballot, bool) {
 	if r.role != Leader {
@@ -72,7 +75,7 @@ func (r *Replica) Leading() (Ballot, bool) {
 func (r *Replica) NextDeadline() Instant {
 	r.absorb()
 	next := r.electionAt
-	if r.self >= 0 && r.cfg.Beats == nil {
+	if r.self >= 0 && r.beats == nil {
 		next = min(next, r.probeAt)
 	}
 	switch r.stage {

@@ -41,6 +41,10 @@ type Config struct {
 	// accepted and flushed, for tracing: when it was stepped, handed to the log,
 	// and durable. It is called on the log's goroutine and must not block.
 	Accepted func(g paxosgroup.GroupID, e paxosgroup.SlotEntry, stepped, appended, durable time.Time)
+	// Life is a random number of this life of the process, by which heartbeats
+	// are shared by all its groups. 0: a Runner draws it, in an Engine each group
+	// sends its own.
+	Life uint64
 	// InboxBytesMax bounds what has arrived at a Runner and was not stepped yet;
 	// more is dropped. 0 means 64 MiB.
 	InboxBytesMax int
@@ -99,7 +103,8 @@ type Engine struct {
 	groups  map[paxosgroup.GroupID]*EngineGroup
 	order   []*EngineGroup
 	due     deadlines
-	dirty   []*EngineGroup // touched since the last Step
+	dirty   []*EngineGroup    // touched since the last Step
+	beats   *paxosgroup.Beats // nil: not shared
 	missed  missedTime
 	done    []done
 	withLog atomic.Int64 // Appends that were not called back yet, or not heard of
@@ -170,6 +175,9 @@ func (e *Engine) admit(g *EngineGroup) error {
 	}
 	e.groups[g.id] = g
 	e.order = append(e.order, g)
+	if err := e.share(g); err != nil {
+		return err
+	}
 	heap.Push(&e.due, g)
 	e.touch(g)
 	return nil
@@ -185,6 +193,10 @@ func (e *Engine) Groups() []*EngineGroup { return e.order }
 func (e *Engine) Deliver(now paxosgroup.Instant, _ paxosgroup.ReplicaID, batch []peer.GroupMessage) {
 	e.payDone(now) // others wait for what the disk has done
 	for i := range batch {
+		if batch[i].Group == 0 && e.beats != nil {
+			e.cfg.Transport.Send(0, e.beats.Step(now, batch[i].Message))
+			continue
+		}
 		g := e.groups[batch[i].Group]
 		if g == nil {
 			e.stats.Unknown++
@@ -220,6 +232,7 @@ func (e *Engine) Step(now paxosgroup.Instant) error {
 	if e.failure != nil {
 		return e.failure
 	}
+	e.beat(now)
 	for len(e.due) > 0 && e.due[0].deadline <= now {
 		g := e.due[0]
 		g.core.Tick(now)
@@ -239,6 +252,7 @@ func (e *Engine) Step(now paxosgroup.Instant) error {
 	rest := copy(e.dirty, e.dirty[n:])
 	clear(e.dirty[rest:])
 	e.dirty = e.dirty[:rest]
+	e.woken()
 	return nil
 }
 
@@ -283,10 +297,19 @@ func (e *Engine) Deadline() (paxosgroup.Instant, bool) {
 	if len(e.dirty) > 0 || len(e.done) > 0 {
 		return 0, true
 	}
-	if len(e.due) == 0 || e.due[0].deadline == never {
+	next := never
+	if len(e.due) > 0 {
+		next = e.due[0].deadline
+	}
+	if e.beats != nil {
+		if at, ok := e.beats.NextDeadline(); ok {
+			next = min(next, at)
+		}
+	}
+	if next == never {
 		return 0, false
 	}
-	return e.due[0].deadline, true
+	return next, true
 }
 
 // Stats returns the counters.

@@ -19,6 +19,7 @@ type EngineGroup struct {
 	id      paxosgroup.GroupID
 	storage paxosgroup.Storage
 	lease   time.Duration
+	beat    time.Duration // between heartbeats
 	core    *paxosgroup.Replica
 
 	dirty     bool
@@ -30,6 +31,8 @@ type EngineGroup struct {
 	unflushed int
 	failure   error // of the log; nothing is paid from then on
 	proposals proposals
+	reads     map[uint64]func(paxosgroup.Slot, error) // that wait; nil if none do
+	readID    uint64
 
 	applied   atomic.Uint64
 	needImage atomic.Bool
@@ -68,6 +71,7 @@ func (e *Engine) newGroup(now paxosgroup.Instant, gc GroupConfig, guard sync.Loc
 		id:        id,
 		storage:   e.cfg.Log.Group(id),
 		lease:     gc.Core.LeaseDuration,
+		beat:      gc.Core.HeartbeatInterval,
 		guard:     guard,
 		proposals: proposals{max: gc.WaitingMax},
 		recent:    recent{bytesMax: gc.RecentBytesMax, entriesMax: gc.RecentEntriesMax},
@@ -75,6 +79,9 @@ func (e *Engine) newGroup(now paxosgroup.Instant, gc GroupConfig, guard sync.Loc
 	}
 	if g.lease == 0 {
 		g.lease = 1500 * time.Millisecond
+	}
+	if g.beat == 0 {
+		g.beat = 100 * time.Millisecond
 	}
 	core, err := paxosgroup.New(gc.Core, restored, g.storage, now)
 	if err != nil {
@@ -180,6 +187,9 @@ func (g *EngineGroup) pay(rd paxosgroup.Ready) {
 	}
 	if rd.Snapshot {
 		g.needImage.Store(true)
+	}
+	for _, q := range rd.Reads {
+		g.answerRead(q)
 	}
 }
 

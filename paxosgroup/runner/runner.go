@@ -117,6 +117,9 @@ func New(cfg Config) (*Runner, error) {
 	if err := cfg.fill(); err != nil {
 		return nil, err
 	}
+	for cfg.Life == 0 {
+		cfg.Life = drawLife()
+	}
 	r := &Runner{cfg: cfg, wake: make(chan struct{}, 1), timer: time.NewTimer(time.Hour), armed: never}
 	r.timer.Stop()
 	r.released.L = &r.mu
@@ -471,6 +474,7 @@ func (r *Runner) stop() {
 	}
 	for _, g := range r.engine.order {
 		g.failProposals(err)
+		g.failReads(err)
 	}
 }
 
