@@ -4,6 +4,10 @@ import (
 	"errors"
 	"fmt"
 	"math/bits"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"unsafe"
 
 	"google.golang.org/grpc/encoding"
 	"google.golang.org/grpc/mem"
@@ -50,7 +54,70 @@ func (codec) Unmarshal(data mem.BufferSlice, v any) error {
 type frame struct {
 	hello    *paxospb.Hello
 	messages []GroupMessage
+	entries  []*encodedEntries // of each message, nil where it is to be encoded alone; may be shorter
+	track    *tracker          // of the connection that it is for; may be nil
 }
+
+// encodedEntries are the entries of Accepts that go to several peers: encoded
+// once, by whoever comes first.
+type encodedEntries struct {
+	entries []paxosgroup.SlotEntry
+	once    sync.Once
+	size    int
+	buffers mem.BufferSlice // never freed: the garbage collector's
+}
+
+func (n *encodedEntries) encode() {
+	n.once.Do(func() {
+		sizes := make([]int, len(n.entries))
+		own := 0
+		for i := range n.entries {
+			entry := sizeEntry(&n.entries[i].Entry)
+			sizes[i] = sizeUint(uint64(n.entries[i].Slot)) + sizeBytes(entry)
+			n.size += sizeBytes(sizes[i])
+			own += sizeBytes(sizes[i])
+			if p := n.entries[i].Entry.Payload; len(p) >= sharedBytesMin {
+				own -= len(p)
+			}
+		}
+		e := encoder{b: make([]byte, 0, own), share: true}
+		for i := range n.entries {
+			e.slotEntry(&n.entries[i], sizes[i])
+		}
+		e.flush()
+		n.buffers = e.done
+	})
+}
+
+// tracker counts the frames of one connection that gRPC has not written yet. It
+// hears of each when the frame's last buffer is given back, and until then no
+// more than these can be in gRPC's own quota of unwritten bytes.
+type tracker struct {
+	unwritten atomic.Int64
+}
+
+// Get is for mem.BufferPool.
+func (t *tracker) Get(size int) *[]byte {
+	return mem.DefaultBufferPool().Get(max(size, trackedBytesMin))
+}
+
+// Put is for mem.BufferPool.
+func (t *tracker) Put(b *[]byte) {
+	t.unwritten.Add(-1)
+	mem.DefaultBufferPool().Put(b)
+}
+
+// last returns a buffer whose end is told to the tracker.
+func (t *tracker) last(b *[]byte) mem.Buffer {
+	t.unwritten.Add(1)
+	return mem.NewBuffer(b, t)
+}
+
+const (
+	trackedBytesMin = 2 << 10  // smaller buffers gRPC does not give back
+	copiedBytesMax  = 64 << 10 // a frame up to this size is one buffer; a larger one refers to large payloads
+	tailBytes       = 64       // of a larger frame, copied so that its end is seen
+)
 
 // Field numbers of paxospb.
 const (
@@ -161,7 +228,7 @@ func sizeSlots(slots []paxosgroup.Slot) int {
 	return n
 }
 
-func sizeMessage(g *GroupMessage) int {
+func sizeMessage(g *GroupMessage, encoded *encodedEntries) int {
 	m := &g.Message
 	n := sizeUint(uint64(g.Group)) + sizeUint(uint64(m.Kind)) + sizeUint(uint64(m.From)) + sizeUint(uint64(m.To)) +
 		sizeBallotField(m.Ballot) + sizeUint(uint64(m.Slot)) + sizeUint(uint64(m.Chosen)) + sizeUint(uint64(m.Applied)) +
@@ -194,6 +261,9 @@ func sizeMessage(g *GroupMessage) int {
 	for i := range m.Accepted {
 		n += sizeBytes(sizeAccepted(&m.Accepted[i]))
 	}
+	if encoded != nil {
+		return n + encoded.size
+	}
 	for i := range m.Entries {
 		n += sizeBytes(sizeSlotEntry(&m.Entries[i]))
 	}
@@ -202,18 +272,22 @@ func sizeMessage(g *GroupMessage) int {
 
 // encoder gathers a frame: b is what is being built, done what stands before it.
 type encoder struct {
-	done mem.BufferSlice
-	b    []byte
+	done  mem.BufferSlice
+	b     []byte
+	share bool // large payloads are referred to, not copied
 }
 
 func (f *frame) marshal() mem.BufferSlice {
-	sizes := make([]int, len(f.messages))
-	total := 0
-	shared := 0
+	sizes := make([]int, 0, 16)
+	total, shared := 0, 0
 	for i := range f.messages {
-		sizes[i] = sizeMessage(&f.messages[i])
+		encoded := f.encoded(i)
+		if encoded != nil {
+			encoded.encode()
+		}
+		sizes = append(sizes, sizeMessage(&f.messages[i], encoded))
 		total += sizeBytes(sizes[i])
-		shared += sharedBytes(&f.messages[i].Message)
+		shared += sharedBytes(&f.messages[i].Message, encoded)
 	}
 	var hello []byte
 	if f.hello != nil {
@@ -221,26 +295,60 @@ func (f *frame) marshal() mem.BufferSlice {
 		hello, _ = proto.Marshal(f.hello)
 		total += sizeBytes(len(hello))
 	}
-	e := encoder{b: make([]byte, 0, total-shared)}
+	if total == 0 {
+		return nil
+	}
+	var e encoder
+	var pooled *[]byte
+	if total <= copiedBytesMax && f.track != nil {
+		pooled = f.track.Get(total)
+		e.b = (*pooled)[:0]
+	} else if total <= copiedBytesMax && shared == 0 {
+		e.b = make([]byte, 0, total)
+	} else {
+		e.b, e.share = make([]byte, 0, total-shared), true
+	}
 	if f.hello != nil {
 		e.b = protowire.AppendTag(e.b, frameHello, protowire.BytesType)
 		e.b = protowire.AppendBytes(e.b, hello)
 	}
 	for i := range f.messages {
 		e.length(frameMessages, sizes[i])
-		e.message(&f.messages[i])
+		e.message(&f.messages[i], f.encoded(i))
+	}
+	if pooled != nil {
+		*pooled = e.b
+		return mem.BufferSlice{f.track.last(pooled)}
 	}
 	e.flush()
+	if f.track != nil && len(e.done) > 0 {
+		k := len(e.done) - 1
+		last := e.done[k].ReadOnlyData()
+		cut := max(0, len(last)-tailBytes)
+		tail := f.track.Get(len(last) - cut)
+		*tail = append((*tail)[:0], last[cut:]...)
+		e.done = append(e.done[:k], mem.SliceBuffer(last[:cut]), f.track.last(tail))
+	}
 	return e.done
 }
 
-// sharedBytes is how much of a message is not copied.
-func sharedBytes(m *paxosgroup.Message) int {
+func (f *frame) encoded(i int) *encodedEntries {
+	if i < len(f.entries) {
+		return f.entries[i]
+	}
+	return nil
+}
+
+// sharedBytes is how much of a message need not be copied.
+func sharedBytes(m *paxosgroup.Message, encoded *encodedEntries) int {
 	n := 0
 	for i := range m.Accepted {
 		if p := m.Accepted[i].Entry.Payload; len(p) >= sharedBytesMin {
 			n += len(p)
 		}
+	}
+	if encoded != nil {
+		return n + encoded.size
 	}
 	for i := range m.Entries {
 		if p := m.Entries[i].Entry.Payload; len(p) >= sharedBytesMin {
@@ -299,7 +407,7 @@ func (e *encoder) entry(field protowire.Number, v *paxosgroup.Entry) {
 	}
 	if len(v.Payload) > 0 {
 		e.length(entryPayload, len(v.Payload))
-		if len(v.Payload) < sharedBytesMin {
+		if !e.share || len(v.Payload) < sharedBytesMin {
 			e.b = append(e.b, v.Payload...)
 		} else {
 			e.flush()
@@ -310,7 +418,13 @@ func (e *encoder) entry(field protowire.Number, v *paxosgroup.Entry) {
 	e.uint(entrySequence, v.Sequence)
 }
 
-func (e *encoder) message(g *GroupMessage) {
+func (e *encoder) slotEntry(s *paxosgroup.SlotEntry, size int) {
+	e.length(messageEntries, size)
+	e.uint(slotEntrySlot, uint64(s.Slot))
+	e.entry(slotEntryEntry, &s.Entry)
+}
+
+func (e *encoder) message(g *GroupMessage, encoded *encodedEntries) {
 	m := &g.Message
 	e.uint(messageGroup, uint64(g.Group))
 	e.uint(messageKind, uint64(m.Kind))
@@ -337,11 +451,18 @@ func (e *encoder) message(g *GroupMessage) {
 		e.ballot(acceptedBallot, a.Ballot)
 		e.entry(acceptedEntry, &a.Entry)
 	}
-	for i := range m.Entries {
-		s := &m.Entries[i]
-		e.length(messageEntries, sizeSlotEntry(s))
-		e.uint(slotEntrySlot, uint64(s.Slot))
-		e.entry(slotEntryEntry, &s.Entry)
+	switch {
+	case encoded == nil:
+		for i := range m.Entries {
+			e.slotEntry(&m.Entries[i], sizeSlotEntry(&m.Entries[i]))
+		}
+	case e.share:
+		e.flush()
+		e.done = append(e.done, encoded.buffers...)
+	default:
+		for _, b := range encoded.buffers {
+			e.b = append(e.b, b.ReadOnlyData()...)
+		}
 	}
 	e.uint(messageShared, protowire.EncodeBool(m.Shared))
 	e.fixed(messageLife, m.Life)
@@ -352,87 +473,168 @@ func (e *encoder) message(g *GroupMessage) {
 
 var errMalformed = errors.New("malformed frame")
 
-// decoder decodes one frame. A region's name repeats, so it is kept.
+// decoder decodes one frame. left is how much memory it may still take beside
+// the bytes themselves: messages of two bytes must not become hundreds each.
 type decoder struct {
-	region string
+	left   int
+	region string // the last one, since it repeats
 }
 
-// fields calls each for every field of b. For a scalar v is its value; for a
-// field with a length, p is its content. Unknown fields are handed over too, and
-// each may ignore them.
-func fields(b []byte, each func(field protowire.Number, v uint64, p []byte) error) error {
+const (
+	decodedBytesFree   = 16 << 20
+	decodedBytesFactor = 4 // of the frame's size, on top
+)
+
+// take allows for count values of size bytes.
+func (d *decoder) take(count int, size uintptr) error {
+	if d.left -= count * int(size); d.left < 0 {
+		return fmt.Errorf("%w: it would take far more memory than its own size", errMalformed)
+	}
+	return nil
+}
+
+// next takes a field off b. For a scalar v is its value; for a field with a
+// length, p is its content. Groups, which nobody sends, are refused.
+func next(b []byte) (field protowire.Number, v uint64, p, rest []byte, err error) {
+	var kind protowire.Type
+	n := 1
+	if len(b) > 0 && b[0] < 0x80 && b[0] >= 1<<3 {
+		field, kind = protowire.Number(b[0]>>3), protowire.Type(b[0]&7)
+	} else if field, kind, n = protowire.ConsumeTag(b); n < 0 {
+		return 0, 0, nil, nil, errMalformed
+	}
+	b = b[n:]
+	switch kind {
+	case protowire.VarintType:
+		if len(b) > 0 && b[0] < 0x80 {
+			return field, uint64(b[0]), nil, b[1:], nil
+		}
+		v, n = protowire.ConsumeVarint(b)
+	case protowire.BytesType:
+		size := uint64(0)
+		if len(b) > 0 && b[0] < 0x80 {
+			size, n = uint64(b[0]), 1
+		} else {
+			size, n = protowire.ConsumeVarint(b)
+		}
+		if n < 0 || size > uint64(len(b)-n) {
+			return 0, 0, nil, nil, errMalformed
+		}
+		end := n + int(size)
+		return field, 0, b[n:end:end], b[end:], nil
+	case protowire.Fixed64Type:
+		v, n = protowire.ConsumeFixed64(b)
+	case protowire.Fixed32Type:
+		var w uint32
+		w, n = protowire.ConsumeFixed32(b)
+		v = uint64(w)
+	default:
+		n = -1
+	}
+	if n < 0 {
+		return 0, 0, nil, nil, errMalformed
+	}
+	return field, v, nil, b[n:], nil
+}
+
+// count returns how many fields of b have one of two numbers.
+func count(b []byte, first, second protowire.Number) (firsts, seconds int, err error) {
 	for len(b) > 0 {
-		field, kind, n := protowire.ConsumeTag(b)
-		if n < 0 {
-			return errMalformed
+		var field protowire.Number
+		if field, _, _, b, err = next(b); err != nil {
+			return 0, 0, err
 		}
-		b = b[n:]
-		var v uint64
+		switch field {
+		case first:
+			firsts++
+		case second:
+			seconds++
+		}
+	}
+	return firsts, seconds, nil
+}
+
+// unmarshal decodes b, which what is decoded refers to. It reuses f.messages.
+func (f *frame) unmarshal(b []byte) error {
+	messages := f.messages[:0]
+	clear(f.messages)
+	*f = frame{}
+	d := decoder{left: decodedBytesFree + decodedBytesFactor*len(b)}
+	n, _, err := count(b, frameMessages, 0)
+	if err != nil {
+		return err
+	}
+	if err := d.take(n, unsafe.Sizeof(GroupMessage{})); err != nil {
+		return err
+	}
+	if cap(messages) < n || cap(messages) > reusedMessagesMax && n < reusedMessagesMax {
+		messages = make([]GroupMessage, 0, n)
+	}
+	f.messages = messages[:n]
+	n = 0
+	for len(b) > 0 {
+		var field protowire.Number
 		var p []byte
-		switch kind {
-		case protowire.VarintType:
-			v, n = protowire.ConsumeVarint(b)
-		case protowire.Fixed64Type:
-			v, n = protowire.ConsumeFixed64(b)
-		case protowire.BytesType:
-			p, n = protowire.ConsumeBytes(b)
-		default:
-			n = protowire.ConsumeFieldValue(field, kind, b)
-			if n >= 0 {
-				b = b[n:]
-				continue
-			}
-		}
-		if n < 0 {
-			return errMalformed
-		}
-		b = b[n:]
-		if err := each(field, v, p); err != nil {
+		if field, _, p, b, err = next(b); err != nil {
 			return err
+		}
+		switch field {
+		case frameHello:
+			f.hello = new(paxospb.Hello)
+			if err := proto.Unmarshal(p, f.hello); err != nil {
+				return err
+			}
+		case frameMessages:
+			if err := d.message(p, &f.messages[n]); err != nil {
+				return err
+			}
+			n++
 		}
 	}
 	return nil
 }
 
-func (f *frame) unmarshal(b []byte) error {
-	*f = frame{}
-	var d decoder
-	return fields(b, func(field protowire.Number, _ uint64, p []byte) error {
-		switch field {
-		case frameHello:
-			f.hello = new(paxospb.Hello)
-			return proto.Unmarshal(p, f.hello)
-		case frameMessages:
-			f.messages = append(f.messages, GroupMessage{})
-			return d.message(p, &f.messages[len(f.messages)-1])
-		}
-		return nil
-	})
-}
+const reusedMessagesMax = 4096
 
-func (d *decoder) ballot(b []byte, out *paxosgroup.Ballot) error {
-	return fields(b, func(field protowire.Number, v uint64, _ []byte) error {
+func (d *decoder) ballot(b []byte, out *paxosgroup.Ballot) (err error) {
+	for len(b) > 0 {
+		var field protowire.Number
+		var v uint64
+		if field, v, _, b, err = next(b); err != nil {
+			return err
+		}
 		switch field {
 		case ballotCounter:
 			out.Counter = v
 		case ballotReplica:
 			out.Replica = paxosgroup.ReplicaID(v)
 		}
-		return nil
-	})
+	}
+	return nil
 }
 
-func (d *decoder) entry(b []byte, out *paxosgroup.Entry) error {
-	return fields(b, func(field protowire.Number, v uint64, p []byte) error {
+func (d *decoder) entry(b []byte, out *paxosgroup.Entry) (err error) {
+	for len(b) > 0 {
+		var field protowire.Number
+		var v uint64
+		var p []byte
+		if field, v, p, b, err = next(b); err != nil {
+			return err
+		}
 		switch field {
 		case entryKind:
 			out.Kind = paxosgroup.EntryKind(v)
 		case entryTerm:
-			return d.ballot(p, &out.Term)
+			if err := d.ballot(p, &out.Term); err != nil {
+				return err
+			}
 		case entryNumber:
 			out.Number = v
 		case entryRegion:
 			if d.region != string(p) {
+				if err := d.take(len(p), 1); err != nil {
+					return err
+				}
 				d.region = string(p)
 			}
 			out.Region = d.region
@@ -443,15 +645,40 @@ func (d *decoder) entry(b []byte, out *paxosgroup.Entry) error {
 		case entrySequence:
 			out.Sequence = v
 		case entryPayload:
-			out.Payload = p[:len(p):len(p)]
+			out.Payload = nil
+			if len(p) > 0 {
+				out.Payload = p
+			}
 		}
-		return nil
-	})
+	}
+	return nil
 }
 
 func (d *decoder) message(b []byte, g *GroupMessage) error {
 	m := &g.Message
-	return fields(b, func(field protowire.Number, v uint64, p []byte) error {
+	entries, accepted, err := count(b, messageEntries, messageAccepted)
+	if err != nil {
+		return err
+	}
+	if entries > 0 {
+		if err := d.take(entries, unsafe.Sizeof(paxosgroup.SlotEntry{})); err != nil {
+			return err
+		}
+		m.Entries = make([]paxosgroup.SlotEntry, 0, entries)
+	}
+	if accepted > 0 {
+		if err := d.take(accepted, unsafe.Sizeof(paxosgroup.AcceptedEntry{})); err != nil {
+			return err
+		}
+		m.Accepted = make([]paxosgroup.AcceptedEntry, 0, accepted)
+	}
+	for len(b) > 0 {
+		var field protowire.Number
+		var v uint64
+		var p []byte
+		if field, v, p, b, err = next(b); err != nil {
+			return err
+		}
 		switch field {
 		case messageGroup:
 			g.Group = paxosgroup.GroupID(v)
@@ -462,7 +689,7 @@ func (d *decoder) message(b []byte, g *GroupMessage) error {
 		case messageTo:
 			m.To = paxosgroup.ReplicaID(v)
 		case messageBallot:
-			return d.ballot(p, &m.Ballot)
+			err = d.ballot(p, &m.Ballot)
 		case messageSlot:
 			m.Slot = paxosgroup.Slot(v)
 		case messageChosen:
@@ -476,59 +703,102 @@ func (d *decoder) message(b []byte, g *GroupMessage) error {
 		case messageTransfer:
 			m.Transfer = v != 0
 		case messageReleased:
-			return d.ballot(p, &m.Released)
+			err = d.ballot(p, &m.Released)
 		case messageSlots:
-			for len(p) > 0 {
-				s, n := protowire.ConsumeVarint(p)
-				if n < 0 {
-					return errMalformed
-				}
-				m.Slots = append(m.Slots, paxosgroup.Slot(s))
-				p = p[n:]
-			}
+			err = d.slots(p, &m.Slots)
 		case messageAccepted:
 			m.Accepted = append(m.Accepted, paxosgroup.AcceptedEntry{})
-			return d.accepted(p, &m.Accepted[len(m.Accepted)-1])
+			err = d.accepted(p, &m.Accepted[len(m.Accepted)-1])
 		case messageEntries:
 			m.Entries = append(m.Entries, paxosgroup.SlotEntry{})
-			return d.slotEntry(p, &m.Entries[len(m.Entries)-1])
+			err = d.slotEntry(p, &m.Entries[len(m.Entries)-1])
 		case messageShared:
 			m.Shared = v != 0
 		case messageLife:
 			m.Life = v
-		case messageBytesMax:
-			m.BytesMax = v
 		case messageGeneration:
 			m.Generation = v
 		case messageID:
 			m.ID = v
+		case messageBytesMax:
+			m.BytesMax = v
 		}
-		return nil
-	})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
-func (d *decoder) accepted(b []byte, out *paxosgroup.AcceptedEntry) error {
-	return fields(b, func(field protowire.Number, v uint64, p []byte) error {
+// slots decodes packed numbers, of which there are as many as bytes without a
+// continuation bit.
+func (d *decoder) slots(b []byte, out *[]paxosgroup.Slot) error {
+	n := 0
+	for _, c := range b {
+		if c < 0x80 {
+			n++
+		}
+	}
+	if n == 0 {
+		if len(b) > 0 {
+			return errMalformed
+		}
+		return nil
+	}
+	if err := d.take(n, unsafe.Sizeof(paxosgroup.Slot(0))); err != nil {
+		return err
+	}
+	*out = slices.Grow(*out, n)
+	for len(b) > 0 {
+		s, n := protowire.ConsumeVarint(b)
+		if n < 0 {
+			return errMalformed
+		}
+		*out = append(*out, paxosgroup.Slot(s))
+		b = b[n:]
+	}
+	return nil
+}
+
+func (d *decoder) accepted(b []byte, out *paxosgroup.AcceptedEntry) (err error) {
+	for len(b) > 0 {
+		var field protowire.Number
+		var v uint64
+		var p []byte
+		if field, v, p, b, err = next(b); err != nil {
+			return err
+		}
 		switch field {
 		case acceptedSlot:
 			out.Slot = paxosgroup.Slot(v)
 		case acceptedBallot:
-			return d.ballot(p, &out.Ballot)
+			err = d.ballot(p, &out.Ballot)
 		case acceptedEntry:
-			return d.entry(p, &out.Entry)
+			err = d.entry(p, &out.Entry)
 		}
-		return nil
-	})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
-func (d *decoder) slotEntry(b []byte, out *paxosgroup.SlotEntry) error {
-	return fields(b, func(field protowire.Number, v uint64, p []byte) error {
+func (d *decoder) slotEntry(b []byte, out *paxosgroup.SlotEntry) (err error) {
+	for len(b) > 0 {
+		var field protowire.Number
+		var v uint64
+		var p []byte
+		if field, v, p, b, err = next(b); err != nil {
+			return err
+		}
 		switch field {
 		case slotEntrySlot:
 			out.Slot = paxosgroup.Slot(v)
 		case slotEntryEntry:
-			return d.entry(p, &out.Entry)
+			if err := d.entry(p, &out.Entry); err != nil {
+				return err
+			}
 		}
-		return nil
-	})
+	}
+	return nil
 }

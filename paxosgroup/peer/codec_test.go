@@ -2,7 +2,9 @@ package peer
 
 import (
 	"bytes"
+	"errors"
 	"reflect"
+	"runtime"
 	"strings"
 	"testing"
 
@@ -107,9 +109,66 @@ func TestLargePayloadIsNotCopied(t *testing.T) {
 	t.Fatal("no buffer of the encoded frame is the payload itself")
 }
 
+// TestTinyPartsDoNotBecomeMuchMemory: what is empty on the wire takes room in
+// memory, so a frame full of it is refused before any is taken.
+func TestTinyPartsDoNotBecomeMuchMemory(t *testing.T) {
+	const count = 2 << 20
+	empty := func(field protowire.Number) []byte {
+		return bytes.Repeat(protowire.AppendVarint(protowire.AppendTag(nil, field, protowire.BytesType), 0), count)
+	}
+	inMessage := func(b []byte) []byte {
+		return protowire.AppendBytes(protowire.AppendTag(nil, frameMessages, protowire.BytesType), b)
+	}
+	for name, b := range map[string][]byte{
+		"messages": empty(frameMessages),
+		"entries":  inMessage(empty(messageEntries)),
+		"accepted": inMessage(empty(messageAccepted)),
+	} {
+		t.Run(name, func(t *testing.T) {
+			var before, after runtime.MemStats
+			runtime.ReadMemStats(&before)
+			var f frame
+			if err := f.unmarshal(b); !errors.Is(err, errMalformed) {
+				t.Fatalf("%d empty %s: error %v", count, name, err)
+			}
+			runtime.ReadMemStats(&after)
+			if took := after.TotalAlloc - before.TotalAlloc; took > decodedBytesFree+8*uint64(len(b)) {
+				t.Errorf("%d bytes taken to refuse a frame of %d", took, len(b))
+			}
+		})
+	}
+}
+
+// TestEntriesEncodedOnceAreTheSame holds what several peers share to what one
+// would be sent alone, in each way that a frame is laid out.
+func TestEntriesEncodedOnceAreTheSame(t *testing.T) {
+	for _, payload := range []int{10, sharedBytesMin, copiedBytesMax} {
+		m := filled(t, payload)
+		alone := marshal(&frame{messages: []GroupMessage{m, m}})
+		shared := &encodedEntries{entries: m.Message.Entries}
+		for _, track := range []*tracker{nil, {}} {
+			f := frame{messages: []GroupMessage{m, m}, entries: []*encodedEntries{shared, shared}, track: track}
+			buffers := f.marshal()
+			if !bytes.Equal(buffers.Materialize(), alone) {
+				t.Fatalf("payload %d: encoded otherwise", payload)
+			}
+			if track == nil {
+				continue
+			}
+			if track.unwritten.Load() != 1 {
+				t.Fatalf("%d frames unwritten", track.unwritten.Load())
+			}
+			if buffers.Free(); track.unwritten.Load() != 0 {
+				t.Fatalf("payload %d: its end was not seen", payload)
+			}
+		}
+	}
+}
+
 func FuzzFrame(f *testing.F) {
 	f.Add(marshal(&frame{messages: []GroupMessage{filled(f, 5)}}))
 	f.Add(protowire.AppendTag(nil, 2, protowire.BytesType))
+	f.Add(marshal(&frame{messages: []GroupMessage{{Group: 1, Message: paxosgroup.Message{Kind: paxosgroup.MsgFetch, From: 1, To: 2, Slot: 3, BytesMax: 1 << 20}}}}))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		var first, second frame
 		if first.unmarshal(b) != nil {

@@ -89,8 +89,9 @@ func (t *Transport) receive(stream paxospb.Peer_MessagesServer, r *receiver, idl
 		return status.Error(codes.FailedPrecondition, err.Error())
 	}
 	from := paxosgroup.ReplicaID(f.hello.GetSender())
-	t.adopt(from, r)
-	defer t.disown(from, r)
+	id := streamID{from, f.hello.GetBulk()}
+	t.adopt(id, r)
+	defer t.disown(id, r)
 	welcome <- from
 	for {
 		if err := stream.RecvMsg(&f); err != nil {
@@ -132,19 +133,19 @@ func (t *Transport) checkHello(h *paxospb.Hello) error {
 
 // adopt makes r the stream of a peer. An older one, which the peer has given up,
 // ends, so that messages come from one at a time.
-func (t *Transport) adopt(from paxosgroup.ReplicaID, r *receiver) {
+func (t *Transport) adopt(id streamID, r *receiver) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if old := t.receivers[from]; old != nil {
+	if old := t.receivers[id]; old != nil {
 		old.end(status.Error(codes.Aborted, "the peer opened another stream"))
 	}
-	t.receivers[from] = r
+	t.receivers[id] = r
 }
 
-func (t *Transport) disown(from paxosgroup.ReplicaID, r *receiver) {
+func (t *Transport) disown(id streamID, r *receiver) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.receivers[from] == r {
-		delete(t.receivers, from)
+	if t.receivers[id] == r {
+		delete(t.receivers, id)
 	}
 }

@@ -19,25 +19,40 @@ import (
 	"quorate/paxosgroup/paxospb"
 )
 
-// sender is the outgoing stream to one peer.
+// sender is one outgoing stream to one peer.
 type sender struct {
 	transport *Transport
 	id        paxosgroup.ReplicaID
 	address   string
-	wake      chan struct{} // holds a token when the queue has something
+	bulk      bool
+	wake      chan struct{} // holds a token when the queue has something that kick did not send
+
+	// sending is held while a frame is handed to gRPC, which may block unless
+	// track says that it cannot. Taken before mu, if both.
+	sending sync.Mutex
+	out     paxospb.Peer_MessagesClient // nil while there is none
+	track   *tracker                    // of out
+	frame   frame
 
 	mu        sync.Mutex
 	connected bool
 	lastError string
-	queue     []GroupMessage
+	queue     []outgoing
 	bytes     int // of queue
 	sent      uint64
 	frames    uint64
 	dropped   uint64
 }
 
-func newSender(t *Transport, id paxosgroup.ReplicaID, address string) *sender {
-	return &sender{transport: t, id: id, address: address, wake: make(chan struct{}, 1)}
+// outgoing is a message in a queue.
+type outgoing struct {
+	GroupMessage
+	entries *encodedEntries // nil: encoded with the message
+	weight  int
+}
+
+func newSender(t *Transport, id paxosgroup.ReplicaID, address string, bulk bool) *sender {
+	return &sender{transport: t, id: id, address: address, bulk: bulk, wake: make(chan struct{}, 1)}
 }
 
 func (s *sender) state() PeerState {
@@ -45,36 +60,62 @@ func (s *sender) state() PeerState {
 	defer s.mu.Unlock()
 	return PeerState{
 		ID: s.id, Address: s.address, Connected: s.connected, LastError: s.lastError,
-		Sent: s.sent, Frames: s.frames, Dropped: s.dropped, Queued: len(s.queue),
+		Sent: s.sent, Frames: s.frames, Dropped: s.dropped, Queued: len(s.queue), QueuedBytes: s.bytes,
 	}
 }
 
 // Weight is about how many bytes a message takes in memory and on the wire.
-func (m *GroupMessage) Weight() int {
-	n := 128 + 8*len(m.Message.Slots)
-	for i := range m.Message.Accepted {
-		n += 96 + len(m.Message.Accepted[i].Entry.Payload)
+func (m *GroupMessage) Weight() int { return weight(&m.Message) }
+
+func weight(m *paxosgroup.Message) int {
+	n := 128 + 8*len(m.Slots)
+	for i := range m.Accepted {
+		n += 96 + len(m.Accepted[i].Entry.Payload)
 	}
-	for i := range m.Message.Entries {
-		n += 96 + len(m.Message.Entries[i].Entry.Payload)
+	for i := range m.Entries {
+		n += 96 + len(m.Entries[i].Entry.Payload)
 	}
 	return n
 }
 
-func (s *sender) enqueue(m GroupMessage) {
+// enqueue reports whether there was room. Whoever calls it calls kick afterwards.
+func (s *sender) enqueue(m outgoing) bool {
 	cfg := &s.transport.cfg
-	w := m.Weight()
+	bytesMax := cfg.QueueBytesMax
+	if s.bulk {
+		bytesMax = cfg.BulkBytesMax
+	}
+	m.weight = m.Weight()
 	s.mu.Lock()
-	if !s.connected || len(s.queue) >= cfg.QueueMessagesMax || len(s.queue) > 0 && s.bytes+w > cfg.QueueBytesMax {
+	defer s.mu.Unlock()
+	if !s.connected || len(s.queue) >= cfg.QueueMessagesMax || len(s.queue) > 0 && s.bytes+m.weight > bytesMax {
 		s.dropped++
-		s.mu.Unlock()
-		return
+		return false
 	}
 	s.queue = append(s.queue, m)
-	s.bytes += w
-	first := len(s.queue) == 1
+	s.bytes += m.weight
+	return true
+}
+
+// inlineBytesMax is how much is sent by whoever calls Send.
+const inlineBytesMax = 64 << 10
+
+// kick has the queue sent: at once, if the link is idle, which saves the way by
+// another goroutine. gRPC makes a sender wait only while it holds more than
+// 64 KiB of the stream unwritten; here it holds nothing.
+func (s *sender) kick() {
+	if s.sending.TryLock() {
+		if s.out != nil && s.track.unwritten.Load() == 0 && s.take(inlineBytesMax) {
+			// If it fails, the stream has ended, which its own goroutine sees.
+			_ = s.out.SendMsg(&s.frame)
+			s.frame.reset()
+		}
+		s.sending.Unlock()
+	}
+	s.mu.Lock()
+	waiting := len(s.queue) > 0
 	s.mu.Unlock()
-	if first {
+	if waiting {
 		select {
 		case s.wake <- struct{}{}:
 		default:
@@ -82,32 +123,81 @@ func (s *sender) enqueue(m GroupMessage) {
 	}
 }
 
-// take moves what is queued, up to a frame's size, into f and reports whether
-// there was anything.
-func (s *sender) take(f *frame) bool {
+// take moves what is queued, up to a frame's size, into the frame and reports
+// whether there was anything. With a limit it takes all or nothing. Called with
+// sending held.
+func (s *sender) take(limit int) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if len(s.queue) == 0 {
+	if len(s.queue) == 0 || limit > 0 && s.bytes > limit {
 		return false
 	}
+	f := &s.frame
+	f.reset()
 	n, size := 0, 0
 	for n < len(s.queue) {
-		w := s.queue[n].Weight()
+		w := s.queue[n].weight
 		if n > 0 && size+w > s.transport.cfg.FrameBytesMax {
 			break
 		}
+		f.messages = append(f.messages, s.queue[n].GroupMessage)
+		f.entries = append(f.entries, s.queue[n].entries)
 		size += w
 		n++
 	}
-	clear(f.messages)
-	f.messages = append(f.messages[:0], s.queue[:n]...)
 	rest := copy(s.queue, s.queue[n:])
 	clear(s.queue[rest:])
 	s.queue = s.queue[:rest]
+	if rest == 0 && cap(s.queue) > queueKeptMax {
+		s.queue = nil
+	}
 	s.bytes -= size
 	s.sent += uint64(n)
 	s.frames++
 	return true
+}
+
+const queueKeptMax = 1024
+
+// reset empties f for another use.
+func (f *frame) reset() {
+	if cap(f.messages) > queueKeptMax {
+		f.messages, f.entries = nil, nil
+	}
+	clear(f.messages)
+	clear(f.entries)
+	f.hello, f.messages, f.entries = nil, f.messages[:0], f.entries[:0]
+}
+
+// sendQueued sends until the queue is empty, waiting where gRPC makes it wait.
+func (s *sender) sendQueued() error {
+	s.sending.Lock()
+	defer s.sending.Unlock()
+	for s.take(0) {
+		if err := s.out.SendMsg(&s.frame); err != nil {
+			return err
+		}
+	}
+	s.frame.reset()
+	return nil
+}
+
+// ping sends a frame without messages.
+func (s *sender) ping() error {
+	s.sending.Lock()
+	defer s.sending.Unlock()
+	s.frame.reset()
+	return s.out.SendMsg(&s.frame)
+}
+
+// setStream makes out the stream to send on. Messages of an earlier one are
+// gone.
+func (s *sender) setStream(out paxospb.Peer_MessagesClient, track *tracker) {
+	s.sending.Lock()
+	defer s.sending.Unlock()
+	s.out, s.track = out, track
+	s.frame.reset()
+	s.frame.track = track
 }
 
 func (s *sender) setConnected(connected bool, err error) {
@@ -131,7 +221,7 @@ var (
 
 // run connects, and connects again, until ctx ends.
 func (s *sender) run(ctx context.Context) {
-	log := s.transport.cfg.Logger.With("peer", s.id, "address", s.address)
+	log := s.transport.cfg.Logger.With("peer", s.id, "address", s.address, "bulk", s.bulk)
 	backoff := reconnectMin
 	logged := ""
 	for {
@@ -196,7 +286,7 @@ func (s *sender) stream(ctx context.Context, established func()) error {
 		return because(err)
 	}
 	f := &frame{hello: &paxospb.Hello{
-		ClusterId: cfg.ClusterID, Sender: uint32(cfg.Self), Receiver: uint32(s.id), Version: protocolVersion,
+		ClusterId: cfg.ClusterID, Sender: uint32(cfg.Self), Receiver: uint32(s.id), Version: protocolVersion, Bulk: s.bulk,
 	}}
 	// An error in sending is io.EOF: receiving tells why.
 	_ = stream.SendMsg(f)
@@ -209,6 +299,8 @@ func (s *sender) stream(ctx context.Context, established func()) error {
 			s.id, cfg.ClusterID, protocolVersion, h.GetSender(), h.GetClusterId(), h.GetVersion())
 	}
 	watchdog.Reset(deadAfter)
+	s.setStream(stream, new(tracker))
+	defer s.setStream(nil, nil)
 	established()
 
 	received := make(chan struct{})
@@ -225,27 +317,21 @@ func (s *sender) stream(ctx context.Context, established func()) error {
 	defer func() { <-received }()
 	defer cancel(nil)
 
-	f.hello = nil
 	ping := time.NewTicker(pingInterval)
 	defer ping.Stop()
 	for {
+		var err error
 		select {
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		case <-s.wake:
-			for s.take(f) {
-				if err := stream.SendMsg(f); err != nil {
-					<-ctx.Done()
-					return context.Cause(ctx)
-				}
-			}
+			err = s.sendQueued()
 		case <-ping.C:
-			clear(f.messages)
-			f.messages = f.messages[:0]
-			if err := stream.SendMsg(f); err != nil {
-				<-ctx.Done()
-				return context.Cause(ctx)
-			}
+			err = s.ping()
+		}
+		if err != nil {
+			<-ctx.Done()
+			return context.Cause(ctx)
 		}
 	}
 }

@@ -29,13 +29,16 @@ type Config struct {
 	ClusterID string
 	Self      paxosgroup.ReplicaID
 	// Deliver takes what arrived from one peer. It is called from one goroutine
-	// a stream and should not block: what waits behind it are heartbeats too.
+	// a stream, of which a peer has two, and should not block: what waits behind it
+	// are heartbeats too. The batch itself is used again when it returns; what its
+	// messages refer to is not.
 	Deliver func(from paxosgroup.ReplicaID, batch []GroupMessage)
 	Logger  *slog.Logger // nil discards
 
 	Credentials      credentials.TransportCredentials // nil: plain text
 	QueueMessagesMax int                              // a peer's; 0 means 65536
 	QueueBytesMax    int                              // a peer's; 0 means 64 MiB
+	BulkBytesMax     int                              // a peer's, of what goes by the stream for bulk; 0 means 16 MiB
 	FrameBytesMax    int                              // from which a frame is not filled further; 0 means 4 MiB
 }
 
@@ -44,6 +47,8 @@ const (
 
 	queueMessagesDefault = 1 << 16
 	queueBytesDefault    = 64 << 20
+	bulkBytesDefault     = 16 << 20
+	bulkPromiseMin       = 64 << 10 // a larger Promise is bulk
 	frameBytesDefault    = 4 << 20
 	receiveBytesMax      = 64 << 20
 	streamWindowBytes    = 8 << 20
@@ -62,13 +67,23 @@ type Transport struct {
 	cfg     Config
 	changed chan struct{} // holds a token when senders has changed
 
-	senders atomic.Pointer[map[paxosgroup.ReplicaID]*sender]
+	senders atomic.Pointer[map[paxosgroup.ReplicaID]senders]
 
 	mu        sync.Mutex
-	receivers map[paxosgroup.ReplicaID]*receiver // the newest stream of each peer
+	receivers map[streamID]*receiver // the newest stream of each peer and purpose
 	closed    bool
 	running   sync.WaitGroup // receivers; Add under mu while not closed
 	stopping  chan struct{}  // closed with closed
+}
+
+// senders are the outgoing streams to one peer. Each has a connection of its
+// own, so that bytes in flight on one never hold up the other.
+type senders struct{ main, bulk *sender }
+
+// streamID is whose incoming stream it is, and which.
+type streamID struct {
+	from paxosgroup.ReplicaID
+	bulk bool
 }
 
 // New returns a transport; it connects when Run is called and takes streams when
@@ -99,16 +114,19 @@ func New(cfg Config) (*Transport, error) {
 	if cfg.QueueBytesMax == 0 {
 		cfg.QueueBytesMax = queueBytesDefault
 	}
+	if cfg.BulkBytesMax == 0 {
+		cfg.BulkBytesMax = bulkBytesDefault
+	}
 	if cfg.FrameBytesMax == 0 {
 		cfg.FrameBytesMax = frameBytesDefault
 	}
 	t := &Transport{
 		cfg:       cfg,
 		changed:   make(chan struct{}, 1),
-		receivers: make(map[paxosgroup.ReplicaID]*receiver),
+		receivers: make(map[streamID]*receiver),
 		stopping:  make(chan struct{}),
 	}
-	t.senders.Store(&map[paxosgroup.ReplicaID]*sender{})
+	t.senders.Store(&map[paxosgroup.ReplicaID]senders{})
 	return t, nil
 }
 
@@ -134,14 +152,14 @@ func (t *Transport) Register(s grpc.ServiceRegistrar) {
 func (t *Transport) SetPeers(addresses map[paxosgroup.ReplicaID]string) {
 	t.mu.Lock()
 	old := *t.senders.Load()
-	next := make(map[paxosgroup.ReplicaID]*sender, len(addresses))
+	next := make(map[paxosgroup.ReplicaID]senders, len(addresses))
 	for id, address := range addresses {
 		switch s := old[id]; {
 		case id == t.cfg.Self:
-		case s != nil && s.address == address:
+		case s.main != nil && s.main.address == address:
 			next[id] = s
 		default:
-			next[id] = newSender(t, id, address)
+			next[id] = senders{newSender(t, id, address, false), newSender(t, id, address, true)}
 		}
 	}
 	t.senders.Store(&next)
@@ -152,17 +170,50 @@ func (t *Transport) SetPeers(addresses map[paxosgroup.ReplicaID]string) {
 	}
 }
 
-// Send queues messages for the peers they are addressed to. It never blocks.
-// What it cannot queue is dropped and counted. The messages' contents must not
-// be changed afterwards.
+// Send sends messages to the peers they are addressed to, or queues them. It
+// never blocks. What it cannot queue is dropped and counted. The messages'
+// contents must not be changed afterwards. Chosen entries for a peer that catches
+// up and large promises go by a stream of their own.
 func (t *Transport) Send(g paxosgroup.GroupID, msgs []paxosgroup.Message) {
-	senders := *t.senders.Load()
+	peers := *t.senders.Load()
+	var encoded []*encodedEntries // what several peers are sent
+	var touched [touchedMax]*sender
+	n := 0
 	for i := range msgs {
-		if s := senders[msgs[i].To]; s != nil {
-			s.enqueue(GroupMessage{Group: g, Message: msgs[i]})
+		m := &msgs[i]
+		s := peers[m.To].main
+		if s == nil {
+			continue
+		}
+		if m.Kind == paxosgroup.MsgLearn || m.Kind == paxosgroup.MsgPromise && len(m.Accepted) > 0 && weight(m) > bulkPromiseMin {
+			s = peers[m.To].bulk
+		}
+		x := outgoing{GroupMessage: GroupMessage{Group: g, Message: *m}}
+		if len(m.Entries) > 0 && m.Kind == paxosgroup.MsgAccept {
+			k := slices.IndexFunc(encoded, func(e *encodedEntries) bool {
+				return &e.entries[0] == &m.Entries[0] && len(e.entries) == len(m.Entries)
+			})
+			if k < 0 {
+				k = len(encoded)
+				encoded = append(encoded, &encodedEntries{entries: m.Entries})
+			}
+			x.entries = encoded[k]
+		}
+		if s.enqueue(x) && !slices.Contains(touched[:n], s) {
+			if n == touchedMax {
+				s.kick()
+				continue
+			}
+			touched[n] = s
+			n++
 		}
 	}
+	for _, s := range touched[:n] {
+		s.kick()
+	}
 }
+
+const touchedMax = 16
 
 // Run keeps the connections to the peers until ctx ends.
 func (t *Transport) Run(ctx context.Context) error {
@@ -177,7 +228,10 @@ func (t *Transport) Run(ctx context.Context) error {
 		delete(started, s)
 	}
 	for {
-		current := slices.Collect(maps.Values(*t.senders.Load()))
+		var current []*sender
+		for _, s := range *t.senders.Load() {
+			current = append(current, s.main, s.bulk)
+		}
 		for s := range started {
 			if !slices.Contains(current, s) {
 				stop(s)
@@ -227,14 +281,30 @@ type PeerState struct {
 	Frames    uint64
 	Dropped   uint64 // messages that met a full queue or no connection
 	Queued    int    // messages waiting now
+	// QueuedBytes counts payloads and about 100 a message and entry.
+	QueuedBytes int
+	Bulk        StreamState // of the stream for what may wait, not counted above
+}
+
+// StreamState is what is known of a stream.
+type StreamState struct {
+	Connected   bool
+	Sent        uint64 // messages
+	Dropped     uint64
+	Queued      int
+	QueuedBytes int
 }
 
 // Peers returns the state of every peer, in order of id.
 func (t *Transport) Peers() []PeerState {
 	var states []PeerState
-	senders := *t.senders.Load()
-	for _, id := range slices.Sorted(maps.Keys(senders)) {
-		states = append(states, senders[id].state())
+	peers := *t.senders.Load()
+	for _, id := range slices.Sorted(maps.Keys(peers)) {
+		state, bulk := peers[id].main.state(), peers[id].bulk.state()
+		state.Bulk = StreamState{
+			Connected: bulk.Connected, Sent: bulk.Sent, Dropped: bulk.Dropped, Queued: bulk.Queued, QueuedBytes: bulk.QueuedBytes,
+		}
+		states = append(states, state)
 	}
 	return states
 }

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -232,6 +233,61 @@ func TestSendToABlockedPeerDropsAndDoesNotBlock(t *testing.T) {
 	p := a.Peers()[0]
 	if p.Dropped == 0 || p.Queued > 10 {
 		t.Fatalf("state %+v", p)
+	}
+}
+
+// TestIdleLinkSendsAtOnce: once gRPC has written what it was given, the next
+// message goes without another goroutine.
+func TestIdleLinkSendsAtOnce(t *testing.T) {
+	a := startNode(t, "c", 1, "127.0.0.1:0", nil)
+	b := startNode(t, "c", 2, "127.0.0.1:0", nil)
+	a.SetPeers(map[paxosgroup.ReplicaID]string{2: b.address})
+	eventually(t, "connect", 5*time.Second, a.connected)
+	s := (*a.senders.Load())[2].main
+	for i, size := range []int{1, 1 << 10, 100 << 10, 1 << 20, 1} {
+		a.Send(1, []paxosgroup.Message{message(1, 2, 1, make([]byte, size))})
+		if size < inlineBytesMax && s.state().Queued != 0 {
+			t.Fatalf("message %d waits for another goroutine", i)
+		}
+		eventually(t, "arrive", 5*time.Second, func() bool { return len(b.messages()) == i+1 })
+		eventually(t, "nothing unwritten", time.Second, func() bool { return s.track.unwritten.Load() == 0 })
+	}
+}
+
+// TestBulkTakesAStreamOfItsOwn: while a receiver takes nothing of the bulk,
+// everything else goes on, and what waits is bounded.
+func TestBulkTakesAStreamOfItsOwn(t *testing.T) {
+	a := startNode(t, "c", 1, "127.0.0.1:0", func(c *Config) { c.BulkBytesMax = 4 << 20 })
+	release := make(chan struct{})
+	var once sync.Once
+	free := func() { once.Do(func() { close(release) }) }
+	t.Cleanup(free)
+	var small atomic.Int64
+	b := startNode(t, "c", 2, "127.0.0.1:0", func(c *Config) {
+		c.Deliver = func(_ paxosgroup.ReplicaID, batch []GroupMessage) {
+			for _, m := range batch {
+				if m.Message.Kind == paxosgroup.MsgLearn {
+					<-release
+				} else {
+					small.Add(1)
+				}
+			}
+		}
+	})
+	t.Cleanup(free)
+	a.SetPeers(map[paxosgroup.ReplicaID]string{2: b.address})
+	eventually(t, "connect", 5*time.Second, func() bool { return a.connected() && a.Peers()[0].Bulk.Connected })
+	for i := range 100 {
+		learn := message(1, 2, 1, make([]byte, 1<<20))
+		learn.Kind = paxosgroup.MsgLearn
+		a.Send(1, []paxosgroup.Message{learn, message(1, 2, 1, nil)})
+		eventually(t, "the Accept arrives", 5*time.Second, func() bool { return small.Load() == int64(i+1) })
+		if p := a.Peers()[0]; p.Bulk.QueuedBytes > 4<<20 {
+			t.Fatalf("%d bytes of bulk wait", p.Bulk.QueuedBytes)
+		}
+	}
+	if p := a.Peers()[0]; p.Bulk.Dropped == 0 || p.Dropped != 0 {
+		t.Errorf("state %+v", p)
 	}
 }
 
