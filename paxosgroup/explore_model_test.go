@@ -178,12 +178,22 @@ func (m *model) change(b bounds, i int) *model {
 	n.core = deepCopy(n.core)
 	n.core.store = &n.written
 	n.core.rng = rand.New(rand.NewPCG(1, 1))
-	if n.core.fetch.until != 0 && !b.impatient {
-		n.core.fetch.until = present + 1
-	}
+	n.core.passTime(b)
 	n.owed = slices.Clone(n.owed)
 	out.nodes[i] = &n
 	return &out
+}
+
+// passTime has all happen that only time stands in the way of: leases have run
+// out, and what is to be told soon is told now. Nobody may rely on a clock.
+func (r *Replica) passTime(b bounds) {
+	r.grantedUntil, r.restartUntil, r.quietUntil = 0, 0, 0
+	if r.lead.noticeAt != 0 {
+		r.lead.noticeAt = present
+	}
+	if b.impatient && r.fetch.until != 0 {
+		r.fetch.until = present
+	}
 }
 
 // restart gives node i the core that its flushed records make.
@@ -193,7 +203,7 @@ func (m *model) restart(i int) error {
 	core, err := New(Config{
 		Group: 1, ID: ReplicaID(i + 1), Region: fmt.Sprintf("r%d", i+1), WindowSlotsMax: 4, WindowBytesMax: 1 << 10,
 		LeaseDuration: 2 * time.Duration(present), // no leadership is over because a copy of it is of long ago
-	}, n.flushed.restored(), &n.written, longAgo)
+	}, n.flushed.restored(), &n.written, present)
 	if err != nil {
 		return err
 	}

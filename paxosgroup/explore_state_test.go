@@ -14,13 +14,14 @@ import (
 // so that a field added to Replica is covered without a word here: what cannot
 // be covered (a channel, a function, an unknown interface) stops the test.
 //
-// Time is left out. Whatever instant a copied replica holds lies in its past,
-// zero alone stays zero: every deadline is due, every lease has run out. What
-// the explorer finds so holds for any clock at all.
+// Time stands still while the explorer looks: everything happens at present. Of
+// two instants it tells apart what is near enough to be a count of events (stamps
+// of one moment are told apart by nanoseconds), else only past and future.
 type plan struct {
 	copy func(dst, src unsafe.Pointer) // dst holds a shallow copy already
 	hash func(h uint64, p unsafe.Pointer) uint64
 	flat bool // a shallow copy is a copy
+	bits bool // and its bytes are all there is to it
 }
 
 var (
@@ -33,8 +34,6 @@ var (
 		reflect.TypeFor[Config](): true, reflect.TypeFor[Storage](): true, reflect.TypeFor[*rand.Rand](): true,
 	}
 )
-
-const longAgo = 1 // where every instant of a copy lies
 
 func mix(h, v uint64) uint64 {
 	hi, lo := bits.Mul64(h^v^0x9e3779b97f4a7c15, 0xd6e8feb86659fd93)
@@ -83,19 +82,22 @@ func makePlan(t reflect.Type) *plan {
 		p.flat = true
 		p.hash = func(h uint64, _ unsafe.Pointer) uint64 { return h }
 	case t == instantType:
-		p.copy = func(dst, src unsafe.Pointer) {
-			if *(*Instant)(src) != 0 {
-				*(*Instant)(dst) = longAgo
-			}
-		}
+		p.flat = true
 		p.hash = func(h uint64, q unsafe.Pointer) uint64 {
-			if *(*Instant)(q) != 0 {
+			v := *(*Instant)(q)
+			switch d := v - present; {
+			case v == 0:
+				return mix(h, 0)
+			case d > 1000:
 				return mix(h, 1)
+			case d < -1000:
+				return mix(h, 2)
+			default:
+				return mix(h, uint64(d+2000))
 			}
-			return mix(h, 0)
 		}
 	case t == durationType:
-		p.copy = func(dst, _ unsafe.Pointer) { *(*time.Duration)(dst) = 0 }
+		p.flat = true
 		p.hash = func(h uint64, _ unsafe.Pointer) uint64 { return h }
 	default:
 		makeKindPlan(p, t)
@@ -106,16 +108,16 @@ func makePlan(t reflect.Type) *plan {
 func makeKindPlan(p *plan, t reflect.Type) {
 	switch t.Kind() {
 	case reflect.Bool, reflect.Int8, reflect.Uint8:
-		p.flat = true
+		p.flat, p.bits = true, true
 		p.hash = func(h uint64, q unsafe.Pointer) uint64 { return mix(h, uint64(*(*uint8)(q))) }
 	case reflect.Int16, reflect.Uint16:
-		p.flat = true
+		p.flat, p.bits = true, true
 		p.hash = func(h uint64, q unsafe.Pointer) uint64 { return mix(h, uint64(*(*uint16)(q))) }
 	case reflect.Int32, reflect.Uint32, reflect.Float32:
-		p.flat = true
+		p.flat, p.bits = true, true
 		p.hash = func(h uint64, q unsafe.Pointer) uint64 { return mix(h, uint64(*(*uint32)(q))) }
 	case reflect.Int, reflect.Uint, reflect.Int64, reflect.Uint64, reflect.Float64:
-		p.flat = true
+		p.flat, p.bits = true, true
 		p.hash = func(h uint64, q unsafe.Pointer) uint64 { return mix(h, *(*uint64)(q)) }
 	case reflect.String:
 		p.flat = true
@@ -196,7 +198,11 @@ func makeArrayPlan(p *plan, t reflect.Type) {
 			elem.copy(unsafe.Add(dst, uintptr(i)*size), unsafe.Add(src, uintptr(i)*size))
 		}
 	}
+	p.bits = elem.bits
 	p.hash = func(h uint64, q unsafe.Pointer) uint64 {
+		if elem.bits {
+			return mixBytes(h, unsafe.Slice((*byte)(q), uintptr(n)*size))
+		}
 		for i := range n {
 			h = elem.hash(h, unsafe.Add(q, uintptr(i)*size))
 		}
@@ -237,6 +243,9 @@ func makeSlicePlan(p *plan, t reflect.Type) {
 	p.hash = func(h uint64, q unsafe.Pointer) uint64 {
 		s := (*header)(q)
 		h = mix(h, uint64(s.len))
+		if elem.bits && s.len > 0 {
+			return mixBytes(h, unsafe.Slice((*byte)(s.data), uintptr(s.len)*size))
+		}
 		for i := range s.len {
 			h = elem.hash(h, unsafe.Add(s.data, uintptr(i)*size))
 		}

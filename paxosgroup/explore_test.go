@@ -22,6 +22,7 @@ type exploration struct {
 		hashes map[uint64]struct{}
 	}
 	states, steps, open atomic.Int64
+	handed, data        atomic.Int64 // states in which anything, or a data entry, was handed out
 
 	mu     sync.Mutex
 	idle   *sync.Cond
@@ -67,6 +68,12 @@ func (x *exploration) visit(m *model) bool {
 	}
 	v.hashes[h] = struct{}{}
 	x.states.Add(1)
+	if n := len(m.seen.handed); n > 0 {
+		x.handed.Add(1)
+		if m.seen.handed[n-1].Entry.Kind == KindData {
+			x.data.Add(1)
+		}
+	}
 	return true
 }
 
@@ -173,6 +180,9 @@ func TestExplore(t *testing.T) {
 		if err != nil {
 			t.Errorf("%s: %v%s", b.name, err, x.at.path)
 			continue
+		}
+		if x.handed.Load() == 0 || b.proposals > 0 && x.data.Load() == 0 {
+			t.Errorf("%s: of %d states %d have anything chosen, and %d a data entry: the explorer explores nothing", b.name, x.states.Load(), x.handed.Load(), x.data.Load())
 		}
 		how := "all there are"
 		if x.states.Load() >= x.limit {
