@@ -35,6 +35,7 @@ type flock struct {
 	readsOK  int
 	readsNo  int
 	sent     map[MessageKind]int
+	prepared map[Ballot]bool
 	tenures  []int // by group: leaderships that opened
 	lastTerm []Ballot
 	looked   time.Duration
@@ -102,7 +103,7 @@ func (p *process) clock(t time.Duration) Instant {
 func newFlock(t *testing.T, seed uint64, procs, groups int, beats bool, tune func(*Config)) *flock {
 	f := &flock{
 		t: t, rng: rand.New(rand.NewPCG(seed, 7)), groups: groups, tune: tune, beats: beats,
-		cut: map[[2]ReplicaID]bool{}, reads: map[uint64]flockRead{}, sent: map[MessageKind]int{},
+		cut: map[[2]ReplicaID]bool{}, reads: map[uint64]flockRead{}, sent: map[MessageKind]int{}, prepared: map[Ballot]bool{},
 		told: make([]Slot, groups), tenures: make([]int, groups), lastTerm: make([]Ballot, groups),
 	}
 	f.delay = func(a, b ReplicaID) time.Duration { return 100 * time.Microsecond }
@@ -329,6 +330,9 @@ func (f *flock) ask(p *process, g int) {
 func (f *flock) post(p *process, group int, msgs []Message) {
 	for _, m := range msgs {
 		f.sent[m.Kind]++
+		if m.Kind == MsgPrepare {
+			f.prepared[m.Ballot] = true
+		}
 		if f.cut[[2]ReplicaID{m.From, m.To}] {
 			continue
 		}
