@@ -135,7 +135,13 @@ func New(cfg Config, st Restored, store Storage, now Instant) (*Replica, error) 
 	if err := r.adopt(st.Base.Membership); err != nil {
 		return nil, fmt.Errorf("restore base at slot %d: %w", st.Base.Slot, err)
 	}
-	if err := r.refold(st.Chosen); err != nil {
+	if j := st.Judged; j != nil && j.Slot == st.Chosen {
+		r.chosen, r.judge = j.Slot, j.Judge.Clone()
+		if j.Configured > st.Base.Slot {
+			r.setMembership(j.Membership.normalized(), j.Configured)
+		}
+		r.configFlushed = r.configAt
+	} else if err := r.refold(st.Chosen); err != nil {
 		return nil, err
 	}
 	r.storedChosen, r.recordedChosen = r.chosen, r.chosen

@@ -210,6 +210,13 @@ type Restored struct {
 	Promised Ballot
 	Chosen   Slot            // highest RecordChosen; may lag behind what was really chosen
 	Accepted []AcceptedEntry // slots above Chosen, ascending
+	Judged   *Judged         // nil if the log does not know it
+}
+
+// Judged is what judging the chosen entries above Restored.Base comes to.
+type Judged struct {
+	Base            // that a log cut at Restored.Chosen would have
+	Configured Slot // of the configuration entry in force; at or below Restored.Base if it is that one's
 }
 
 // AcceptedEntry is an entry with the ballot at which it was accepted.

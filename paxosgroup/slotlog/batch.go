@@ -1,32 +1,28 @@
 package slotlog
 
-import (
-	"bytes"
-	"encoding/binary"
-)
+import "encoding/binary"
 
 const (
-	batchHeaderBytes = 32
-	batchMagic       = 0x51724231
-	batchAlign       = 32 // divides a sector, so a batch header never straddles two
-	sectorBytes      = 512
+	batchHeaderBytes = 24
+	batchMagic       = 0x32724251
 )
 
-// batch is what one flush writes to one segment: a header and records.
+// batch is what one flush writes to one segment: a header and records. It begins
+// with a sector, so no write touches a sector that others rest on.
 type batch struct {
 	seg       *segment
 	offset    int64
 	buf       []byte
 	records   int
-	flush     bool             // somebody rests on it
-	callbacks []func(error)    // to be called once it is flushed
-	released  map[*segment]int // entries of other segments that it replaces
+	flush     bool               // somebody rests on it
+	callbacks []func(error)      // to be called once it is flushed
+	released  map[*segment]int64 // bytes of records that it replaces
 }
 
-// release notes that n entries of s are no longer needed once b is flushed.
-func (b *batch) release(s *segment, n int) {
+// release notes that n bytes of s are no longer needed once b is flushed.
+func (b *batch) release(s *segment, n int64) {
 	if b.released == nil {
-		b.released = make(map[*segment]int)
+		b.released = make(map[*segment]int64)
 	}
 	b.released[s] += n
 }
@@ -34,77 +30,39 @@ func (b *batch) release(s *segment, n int) {
 // end returns the offset behind what b holds so far.
 func (b *batch) end() int64 { return b.offset + int64(len(b.buf)) }
 
-// seal pads the batch and fills in its header.
+// seal fills in the header.
 func (b *batch) seal(number uint64) {
-	for len(b.buf)%batchAlign != 0 {
-		b.buf = append(b.buf, 0)
-	}
 	h := batchHeader{length: uint32(len(b.buf) - batchHeaderBytes), number: number, records: uint32(b.records)}
-	// The header's own sector is never zero, so its contents do not matter here.
-	b.buf[0] = 1
-	h.zeroSectors = uint32(zeroSectors(b.buf, b.offset))
 	h.put(b.buf, b.seg.sequence, b.offset)
 }
 
 type batchHeader struct {
-	length      uint32
-	number      uint64
-	records     uint32
-	zeroSectors uint32
+	length  uint32
+	number  uint64
+	records uint32
 }
 
 func (h batchHeader) put(dst []byte, sequence uint64, offset int64) {
-	clear(dst[:batchHeaderBytes])
 	binary.LittleEndian.PutUint32(dst[0:], batchMagic)
 	binary.LittleEndian.PutUint32(dst[4:], h.length)
 	binary.LittleEndian.PutUint64(dst[8:], h.number)
 	binary.LittleEndian.PutUint32(dst[16:], h.records)
-	binary.LittleEndian.PutUint32(dst[20:], h.zeroSectors)
-	binary.LittleEndian.PutUint32(dst[28:], checksum(sequence, offset, dst[:28]))
+	binary.LittleEndian.PutUint32(dst[20:], checksum(sequence, offset, dst[:20]))
 }
 
 // readBatchHeader reads the header at the start of b, which stands at offset.
 func readBatchHeader(b []byte, sequence uint64, offset int64) (batchHeader, bool) {
 	if len(b) < batchHeaderBytes || binary.LittleEndian.Uint32(b) != batchMagic ||
-		binary.LittleEndian.Uint32(b[28:]) != checksum(sequence, offset, b[:28]) {
+		binary.LittleEndian.Uint32(b[20:]) != checksum(sequence, offset, b[:20]) {
 		return batchHeader{}, false
 	}
 	h := batchHeader{
-		length:      binary.LittleEndian.Uint32(b[4:]),
-		number:      binary.LittleEndian.Uint64(b[8:]),
-		records:     binary.LittleEndian.Uint32(b[16:]),
-		zeroSectors: binary.LittleEndian.Uint32(b[20:]),
+		length:  binary.LittleEndian.Uint32(b[4:]),
+		number:  binary.LittleEndian.Uint64(b[8:]),
+		records: binary.LittleEndian.Uint32(b[16:]),
 	}
-	ok := h.length%batchAlign == 0 && int64(h.length) <= int64(len(b)-batchHeaderBytes)
-	return h, ok
+	return h, int64(h.length) <= int64(len(b)-batchHeaderBytes)
 }
 
-var zeroSector [sectorBytes]byte
-
-// zeroSectors counts the sectors, whole or in part, that hold only zeros within
-// b, which stands at offset. A batch that was cut short by a crash has more of
-// them than it was written with; one that rotted has not.
-func zeroSectors(b []byte, offset int64) int {
-	n := 0
-	for len(b) > 0 {
-		size := min(len(b), sectorBytes-int(offset%sectorBytes))
-		if bytes.Equal(b[:size], zeroSector[:size]) {
-			n++
-		}
-		b = b[size:]
-		offset += int64(size)
-	}
-	return n
-}
-
-// isZero reports whether b holds only zeros.
-func isZero(b []byte) bool {
-	for len(b) > 0 {
-		size := min(len(b), sectorBytes)
-		if !bytes.Equal(b[:size], zeroSector[:size]) {
-			return false
-		}
-		b = b[size:]
-	}
-	return true
-}
+// nextSector returns the first offset at or behind offset that begins a sector.
+func nextSector(offset int64) int64 { return (offset + sectorData - 1) / sectorData * sectorData }

@@ -11,43 +11,95 @@
 //   - Nothing is guessed at start: what can be the trace of a write that was
 //     cut short is cut off, anything else that does not check out is refused
 //     with the file, the offset and the way out.
-//   - A segment is sealed and flushed before its successor exists, so only the
-//     last one can hold a torn write.
+//   - A batch is begun only when all before it is flushed, a segment only when its
+//     predecessor is sealed and flushed: so only the last batch can be torn.
+//   - No write touches a sector that something flushed is in.
 //   - A segment begins with the state (promise, chosen slot, base) of every
-//     group, so that one with no entry in use can be deleted.
+//     group, so that one with no entry in use can go.
+//   - What was read at start is on the disk: the last batch, which may be in
+//     memory alone after a flush that failed, is written and flushed again.
 //
 // Assumed: a sector of 512 bytes is written whole or not at all, and a file that
 // was preallocated and flushed keeps its length. Not assumed: that the sectors
 // of one write reach the disk in order, or that the disk returns what it was
 // given. Out of scope: a disk that acknowledges a flush it did not do.
 //
-// # Format, version 1
+// # What must survive a crash
+//
+//	promised ballot, accepted     the callback of Append: flushed before any message
+//	entry, learned entry, base    that rests on them (Ready.AfterSync) leaves
+//	chosen slot                   with the next flush of anything, or an orderly stop: it
+//	                              can be learned again, so nothing rests on it
+//	state of all groups           with the first batch of each segment, flushed before
+//	                              any older segment goes
+//	a segment's length and name   before its first batch is written: fsync of the file,
+//	                              then of the directory
+//	that a segment is gone        fsync of the directory, before the next one goes and
+//	                              before its file is written to in another life
+//
+// What is not kept: leases (a restarted replica waits them out), what is applied
+// (the database keeps it), the index (built at start).
+//
+// # Torn writes and rot
+//
+// Files are used again, so behind the end of the log there may be anything an
+// earlier segment wrote. Each sector ends in a stamp with the segment's number. A
+// batch whose checksum fails was cut short if one of its sectors bears an older
+// stamp, or none, and there is no readable batch behind it: in the last segment it
+// is cut off. If all its sectors are of this segment they were all written, and
+// one has rotted since: the log is refused, as it is for a sector whose stamp
+// nobody wrote. A sector that the disk lost whole, of the very last batch, cannot
+// be told from one that was never written.
+//
+// # Space
+//
+// The next segment is allocated while the last is filled. When there is no room
+// for it and little of the last is left, Full says so: what still comes in, such
+// as a base that frees segments, has that rest. What then finds no segment waits,
+// unacknowledged and readable, and the log looks for room every RetryInterval.
+// Any other error, and any error of a flush, stops the log for good.
+//
+// A segment that nothing is in use in is kept to be used again (two at most) or
+// deleted. Overwriting blocks that were written before costs a flush no change of
+// the file's metadata, which is a fifth to a third of its time. Where at least
+// four of the oldest segments hold together less in use than a quarter of one,
+// because of groups that are idle, those records are written once more at the end.
+//
+// # Format, version 2
 //
 // Numbers are little-endian. A directory holds LOCK, segments named by their
-// sequence number (0000000000000001.log, …) and at most one prepared segment
-// (next.tmp). All that was never written is zero.
+// sequence number (0000000000000001.log, …), segments not used any more
+// (….unused) and at most two being prepared (next.tmp, large.tmp), whose contents
+// mean nothing.
 //
-//	segment header, 64 bytes, at offset 0
+// A segment is a sequence of sectors of 512 bytes: 508 bytes of data and a stamp.
+// Offsets in what follows, checksums included, count data only.
+//
+//	stamp, at byte 508 of each sector; all zero in a sector never written
+//	  0  2  check: CRC-32C of 1, the lower 16 bits of the sequence number and the
+//	        sector's number, both as 8 bytes; its halves xored, the lowest bit set
+//	  2  2  the lower 16 bits of the sequence number
+//
+//	segment header, 64 bytes, the rest of its sector zero
 //	  0  8  magic "QUORLOG\n"
-//	  8  4  version, 1
+//	  8  4  version, 2
 //	 12  4  zero
 //	 16  8  sequence number, the same as in the file's name; below 2^32
-//	 24  8  length of the file in bytes; below 2^32
+//	 24  8  length of the file in bytes, a multiple of 512; below 2^32
 //	 32 28  zero
 //	 60  4  CRC-32C of bytes 0 to 59
 //
-//	batch header, 32 bytes, at a multiple of 32: one flush in one segment
-//	  0  4  magic 0x51724231
-//	  4  4  bytes that follow, padding to a multiple of 32 included
+//	batch header, 24 bytes, at the start of a sector: one flush in one segment.
+//	Behind its records the last sector is zero
+//	  0  4  magic 0x32724251
+//	  4  4  bytes of records that follow
 //	  8  8  number of the batch, counting up through all segments
 //	 16  4  number of records
-//	 20  4  number of sectors of the batch that hold only zeros
-//	 24  4  zero
-//	 28  4  CRC-32C of sequence number, offset in the file, bytes 0 to 27
+//	 20  4  CRC-32C of sequence number, offset, bytes 0 to 19
 //
 //	record, any offset
 //	  0  4  length of the body; at most 1 GiB
-//	  4  4  CRC-32C of sequence number, offset in the file, bytes 0 to 3, bytes 8 to the end
+//	  4  4  CRC-32C of sequence number, offset, bytes 0 to 3, bytes 8 to the end
 //	  8  1  type
 //	  9  3  zero
 //	 12  4  group
@@ -62,7 +114,7 @@
 //	     17 seal     empty; group 0; the last record of a segment that has a successor
 //
 //	ballot      counter (8), replica (4)
-//	string      length (2), bytes
-//	entry       kind (1), term (ballot), number (8), incarnation (8), region (string), payload (the rest)
-//	base        as paxosgroup.EncodeBase has it (the rest)
+//	entry       kind (1), term (ballot), number (8), incarnation (8), session and
+//	            sequence (unsigned varints), length of region (2), region, payload (the rest)
+//	base        as paxosgroup.EncodeBase; the rest
 package slotlog

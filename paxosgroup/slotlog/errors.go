@@ -11,8 +11,9 @@ import (
 var (
 	// ErrClosed is what Append's callback gets after Close.
 	ErrClosed = errors.New("slot log is closed")
-	// ErrFull says that the disk had no room for the next segment. The log takes
-	// nothing more until it is opened again with room.
+	// ErrFull says that the disk has no room. A log that is open waits for it, see
+	// Full; it fails with this only when it was closed meanwhile, or when far more
+	// was handed in than it may queue.
 	ErrFull = errors.New("no room on the disk of the slot log")
 	// ErrLocked says that another process has the directory.
 	ErrLocked = errors.New("directory is locked")
@@ -23,7 +24,7 @@ var (
 // full marks an error that says the disk is full as ErrFull.
 func full(err error) error {
 	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
-		return fmt.Errorf("%w (free some, then restart the sidecar): %w", ErrFull, err)
+		return fmt.Errorf("%w (free some): %w", ErrFull, err)
 	}
 	return err
 }
@@ -52,13 +53,16 @@ func (e *CorruptError) Error() string {
 		"and the region joins as a new replica, seeded from another one; never delete a file of the log alone)", where, e.What)
 }
 
-// VersionError says that a later version of quorate wrote the directory.
+// VersionError says that another version of quorate wrote the directory.
 type VersionError struct {
 	File    string
 	Version uint32
 }
 
 func (e *VersionError) Error() string {
-	return fmt.Sprintf("slot log %s has format version %d and this program knows up to %d (run the version of quorate that wrote it, or a later one)",
-		e.File, e.Version, formatVersion)
+	hint := "run the version of quorate that wrote it, or a later one"
+	if e.Version < formatVersion {
+		hint = "run the version of quorate that wrote it, or move data_dir and log.dir away, both: the region then joins as a new replica"
+	}
+	return fmt.Sprintf("slot log %s has format version %d and this program knows %d (%s)", e.File, e.Version, formatVersion, hint)
 }

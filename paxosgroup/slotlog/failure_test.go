@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -54,7 +55,7 @@ func smallDisk(t *testing.T, size string) string {
 }
 
 func TestFullDisk(t *testing.T) {
-	cfg := Config{Dir: filepath.Join(smallDisk(t, "1m"), "log"), SegmentBytes: 256 << 10}
+	cfg := Config{Dir: filepath.Join(smallDisk(t, "1m"), "log"), SegmentBytes: 256 << 10, RetryInterval: 10 * time.Millisecond}
 	l, restored, err := Open(cfg)
 	if err != nil {
 		t.Fatal(err)
@@ -63,37 +64,111 @@ func TestFullDisk(t *testing.T) {
 	if len(restored) != 0 {
 		t.Fatal("not empty")
 	}
-	var failure error
-	slot := paxosgroup.Slot(0)
-	for failure == nil {
-		slot++
-		done := make(chan error, 1)
-		l.Append(1, []paxosgroup.Record{accept(slot, 1, strings.Repeat("x", 10_000))}, func(err error) { done <- err })
-		failure = <-done
-		if slot > 1000 {
-			t.Fatal("the disk never filled")
-		}
+	slot, flushed := fill(t, l)
+	// What was flushed is there, and what waits too; nothing more is acknowledged.
+	if got := payloads(t, l, 1, 1, slot); len(got) != int(slot) {
+		t.Fatalf("%d slots readable, want %d", len(got), slot)
 	}
-	if !errors.Is(failure, ErrFull) || !errors.Is(failure, syscall.ENOSPC) || !strings.Contains(failure.Error(), "free some") {
-		t.Fatalf("error %v", failure)
+	before := flushed.Load()
+	time.Sleep(30 * time.Millisecond)
+	if got := flushed.Load(); got != before || got >= int64(slot) {
+		t.Fatalf("%d appends are acknowledged of %d, %d before", got, slot, before)
 	}
-	// What was flushed is there, in memory and after a start with room.
-	if got := payloads(t, l, 1, 1, slot-1); len(got) != int(slot-1) {
-		t.Fatalf("%d slots readable, want %d", len(got), slot-1)
-	}
-	l.Close()
 	if err := unix.Mount("", filepath.Dir(cfg.Dir), "", unix.MS_REMOUNT, "size=8m"); err != nil {
 		t.Fatal(err)
 	}
-	l, restored, err = Open(cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	if got := len(restored[1].Accepted); got != int(slot-1) {
-		t.Fatalf("%d slots restored, want %d", got, slot-1)
-	}
+	slot++
 	appendWait(t, l, 1, accept(slot, 1, "goes on"))
+	if l.Full() || flushed.Load() != int64(slot)-1 {
+		t.Fatalf("full %v, %d of %d acknowledged", l.Full(), flushed.Load(), slot)
+	}
+	l.Close()
+	_, restored = open(t, cfg)
+	if got := len(restored[1].Accepted); got != int(slot) {
+		t.Fatalf("%d slots restored, want %d", got, slot)
+	}
+}
+
+// fill appends until the log waits for room and returns how many slots were
+// handed in, and the count of those flushed.
+func fill(t *testing.T, l *Log) (paxosgroup.Slot, *atomic.Int64) {
+	t.Helper()
+	var flushed atomic.Int64
+	told := false
+	for slot := paxosgroup.Slot(1); slot < 1000; slot++ {
+		done := make(chan struct{})
+		l.Append(1, []paxosgroup.Record{accept(slot, 1, strings.Repeat("x", 10_000))}, func(err error) {
+			if err != nil {
+				t.Error(err)
+			}
+			flushed.Add(1)
+			close(done)
+		})
+		select {
+		case <-done:
+			time.Sleep(2 * time.Millisecond) // for the next segment to be prepared
+			told = told || l.Full()
+		case <-time.After(200 * time.Millisecond):
+			if !told {
+				t.Error("Full was not told before the log was full")
+			}
+			return slot, &flushed
+		}
+	}
+	t.Fatal("the disk never filled")
+	return 0, nil
+}
+
+// fillToReserve appends until Full says to stop, slowly enough for the log to
+// find out in time that there is no room for its next segment.
+func fillToReserve(l *Log) (slot paxosgroup.Slot) {
+	for !l.Full() {
+		slot++
+		l.Append(1, []paxosgroup.Record{accept(slot, 1, strings.Repeat("x", 10_000))}, func(error) {})
+		time.Sleep(2 * time.Millisecond)
+	}
+	return slot
+}
+
+// TestFullDiskEndsByCutting: what is left of the last segment takes the record
+// that frees the others.
+func TestFullDiskEndsByCutting(t *testing.T) {
+	cfg := Config{Dir: filepath.Join(smallDisk(t, "1m"), "log"), SegmentBytes: 256 << 10, RetryInterval: 10 * time.Millisecond}
+	l, _ := open(t, cfg)
+	slot := fillToReserve(l)
+	appendWait(t, l, 1, paxosgroup.Record{Kind: paxosgroup.RecordBase, Base: &paxosgroup.Base{Slot: slot}})
+	for range 40 {
+		slot++
+		appendWait(t, l, 1, accept(slot, 1, strings.Repeat("x", 10_000)))
+	}
+	if l.Full() {
+		t.Fatal("still full")
+	}
+}
+
+func TestClosedWhileFull(t *testing.T) {
+	cfg := Config{Dir: filepath.Join(smallDisk(t, "1m"), "log"), SegmentBytes: 256 << 10, RetryInterval: time.Hour}
+	l, _ := open(t, cfg)
+	slot := fillToReserve(l)
+	results := make(chan error, 100)
+	for range cap(results) {
+		slot++
+		l.Append(1, []paxosgroup.Record{accept(slot, 1, strings.Repeat("x", 10_000))}, func(err error) { results <- err })
+	}
+	if err := l.Close(); !errors.Is(err, ErrFull) || !strings.Contains(err.Error(), "free some") {
+		t.Fatalf("Close returned %v", err)
+	}
+	acked := 0
+	for range cap(results) {
+		if err := <-results; err == nil {
+			acked++
+		} else if !errors.Is(err, ErrFull) {
+			t.Fatal(err)
+		}
+	}
+	if acked == cap(results) {
+		t.Fatal("all were acknowledged")
+	}
 }
 
 func TestReadOnlyDisk(t *testing.T) {

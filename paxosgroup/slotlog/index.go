@@ -87,3 +87,19 @@ func (x *index) dropThrough(s paxosgroup.Slot, each func(location)) {
 		x.firstChunk++
 	}
 }
+
+// each hands every slot that has a location to visit, ascending, until that
+// returns false.
+func (x *index) each(visit func(paxosgroup.Slot, location) bool) {
+	for i, chunk := range x.chunks {
+		if chunk == nil {
+			continue
+		}
+		first := paxosgroup.Slot((x.firstChunk + uint64(i)) * chunkSlots)
+		for j, at := range chunk {
+			if at != (location{}) && !visit(first+paxosgroup.Slot(j), at) {
+				return
+			}
+		}
+	}
+}

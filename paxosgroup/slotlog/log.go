@@ -9,6 +9,8 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"sync/atomic"
+	"time"
 
 	"quorate/paxosgroup"
 )
@@ -16,11 +18,14 @@ import (
 // Config says where and how a log is kept.
 type Config struct {
 	Dir          string
-	SegmentBytes int64 // length of a segment; 0 means 64 MiB
+	SegmentBytes int64 // length of a segment, rounded up to whole sectors; 0 means 64 MiB
 	// QueueBytesMax bounds what waits for the disk; Append blocks above it. 0 means 64 MiB.
 	QueueBytesMax int
 	Logger        *slog.Logger // nil discards
 	FS            FS           // nil is the operating system's
+	// RetryInterval is how long a log that found no room waits before it looks
+	// again. 0 means 1 s.
+	RetryInterval time.Duration
 	// Manual leaves the log without goroutines: its owner calls Flush, and Append
 	// never blocks. With an FS that does the same each time, so does the log.
 	Manual bool
@@ -34,6 +39,8 @@ const (
 	// lazyBytesMax is how much of records that nobody waits for may gather
 	// before they are written on their own account.
 	lazyBytesMax = 1 << 20
+	// reserveShare is the part of a segment that is left when Full is told.
+	reserveShare = 8
 )
 
 func (c *Config) fill() error {
@@ -45,6 +52,10 @@ func (c *Config) fill() error {
 	}
 	if c.SegmentBytes < segmentBytesMin || c.SegmentBytes > segmentBytesMax {
 		return fmt.Errorf("slot log: segments of %d bytes (want %d to %d)", c.SegmentBytes, segmentBytesMin, segmentBytesMax)
+	}
+	c.SegmentBytes = (c.SegmentBytes + sectorBytes - 1) / sectorBytes * sectorBytes
+	if c.RetryInterval == 0 {
+		c.RetryInterval = time.Second
 	}
 	if c.QueueBytesMax == 0 {
 		c.QueueBytesMax = queueBytesDefault
@@ -65,6 +76,7 @@ type Stats struct {
 	Appends  uint64 // calls of Append
 	Records  uint64
 	Bytes    uint64 // written, framing included
+	Cleaned  uint64 // bytes written anew to free old segments
 	Segments int    // files now
 	Queued   int    // bytes that wait for the disk now
 }
@@ -92,16 +104,21 @@ type Log struct {
 	spare    [][]byte                               // buffers of flushed batches, to be filled again
 	stats    Stats
 
+	// What keeps the log from taking more; see Full.
+	full      atomic.Bool
+	spareless bool        // there is no room for the next segment
+	blocked   bool        // what is queued waits for one
+	retry     bool        // it is time to look again
+	timer     *time.Timer // that says so
+
 	work    chan struct{} // holds a token when the writer has something to do
 	stopped chan struct{} // closed when the writer has ended
 
-	unused   []*segment           // not needed any more, to be deleted, oldest first; the writer's
-	prepared chan preparedSegment // holds the next segment's file, or why there is none; the writer's
-}
-
-type preparedSegment struct {
-	file File
-	err  error
+	// The writer's.
+	prepared chan preparedFile // holds the next segment's file, or that there is none
+	pool     []preparedFile    // of earlier segments, to be prepared next
+	unused   []*segment        // not needed any more, to go to the pool or away, oldest first
+	frame    []byte            // a batch as it is written
 }
 
 type group struct {
@@ -111,8 +128,9 @@ type group struct {
 
 // Append adds records of a group, in order, and calls durable once they and all
 // earlier ones are flushed, or with the error that stopped the log. It blocks
-// while more than QueueBytesMax wait for the disk. Records are seen by readers
-// when Append returns. The payloads are copied.
+// while more than QueueBytesMax wait for the disk, unless that is Full: it then
+// takes up to twice as much, and fails for good beyond that. Records are seen by
+// readers when Append returns. The payloads are copied.
 //
 // Callbacks run one at a time, in the order of Append, on the log's goroutine:
 // they must not block, nor call Append. Records of which none NeedsFlush cause no
@@ -130,7 +148,7 @@ func (l *Log) Append(g paxosgroup.GroupID, recs []paxosgroup.Record, durable fun
 	}
 
 	l.mu.Lock()
-	for l.err == nil && !l.closed && !l.cfg.Manual && l.queued > 0 && l.queued+size > l.cfg.QueueBytesMax {
+	for l.err == nil && !l.closed && !l.cfg.Manual && !l.blocked && l.queued > 0 && l.queued+size > l.cfg.QueueBytesMax {
 		l.room.Wait()
 	}
 	if l.closed {
@@ -140,6 +158,9 @@ func (l *Log) Append(g paxosgroup.GroupID, recs []paxosgroup.Record, durable fun
 	}
 	if bad == nil {
 		bad = l.checkReach(g, recs)
+	}
+	if bad == nil && l.blocked && l.queued+size > 2*l.cfg.QueueBytesMax {
+		bad = fmt.Errorf("append to slot log of group %d: %w, and %d bytes wait for it", g, ErrFull, l.queued)
 	}
 	if bad != nil && l.err == nil {
 		// What the core handed out cannot be kept, so nothing may rest on it.
@@ -156,8 +177,35 @@ func (l *Log) Append(g paxosgroup.GroupID, recs []paxosgroup.Record, durable fun
 	b := l.open()
 	b.callbacks = append(b.callbacks, durable)
 	b.flush = b.flush || flush
+	l.setFull()
 	l.mu.Unlock()
 	l.wake()
+}
+
+// Full reports whether the disk has no room for the log to grow. Who appends
+// should stop taking what leads to records then, as soon as it sees it: what is
+// left of the last segment is for what frees room, such as a base. What is in the
+// log can be read. It ends by itself when there is room. It costs a load.
+func (l *Log) Full() bool { return l.full.Load() }
+
+// setFull brings Full up to date. Called with mu held.
+func (l *Log) setFull() {
+	full := l.blocked
+	if l.spareless {
+		last, end := l.segments[len(l.segments)-1], l.offset
+		if l.building != nil {
+			end = l.building.end()
+		}
+		full = full || capacity(last.size)-end < capacity(l.cfg.SegmentBytes)/reserveShare
+	}
+	if full != l.full.Load() {
+		l.full.Store(full)
+		if full {
+			l.cfg.Logger.Warn("slot log is full: nothing is accepted until there is room", "dir", l.cfg.Dir)
+		} else {
+			l.cfg.Logger.Info("slot log has room again", "dir", l.cfg.Dir)
+		}
+	}
 }
 
 // miss notes which slots were handed in after a failure: an older entry that is
@@ -245,20 +293,26 @@ func (l *Log) put(g paxosgroup.GroupID, r paxosgroup.Record) {
 	switch r.Kind {
 	case paxosgroup.RecordAccept, paxosgroup.RecordLearn:
 		if r.Slot > gr.state.base.Slot {
-			old := gr.index.set(r.Slot, location{uint32(b.seg.sequence), uint32(at), uint32(len(b.buf) - frame)})
-			b.seg.entries++
-			l.release(b, old)
+			l.place(gr, b, r.Slot, at, len(b.buf)-frame)
 		}
 	case paxosgroup.RecordBase:
 		gr.index.dropThrough(r.Base.Slot, func(old location) { l.release(b, old) })
 	}
 }
 
-// release takes an entry off its segment's count once b is flushed: until then
-// a crash may need it.
+// place notes that the slot's latest record is at offset at of b. Called with mu
+// held.
+func (l *Log) place(gr *group, b *batch, slot paxosgroup.Slot, at int64, size int) {
+	old := gr.index.set(slot, location{uint32(b.seg.sequence), uint32(at), uint32(size)})
+	b.seg.live += int64(size)
+	l.release(b, old)
+}
+
+// release takes a record off what its segment is needed for once b is flushed:
+// until then a crash may need it.
 func (l *Log) release(b *batch, old location) {
 	if old != (location{}) {
-		b.release(l.segment(old.sequence), 1)
+		b.release(l.segment(old.sequence), int64(old.size))
 	}
 }
 
@@ -274,7 +328,8 @@ func (l *Log) reserve(size int) *batch {
 		b.buf = l.buffer()
 		l.queued += batchHeaderBytes
 	}
-	if b.end()+int64(size)+sealBytes <= b.seg.size {
+	// The seal may have to begin a sector of its own.
+	if nextSector(b.end()+int64(size))+sealBytes <= capacity(b.seg.size) {
 		return b
 	}
 	// The seal says that nothing follows, so that a file which lost its end shows.
@@ -293,11 +348,13 @@ func (l *Log) begin(size int) *batch {
 	next := &segment{sequence: l.segments[len(l.segments)-1].sequence + 1}
 	stateBytes := 0
 	for _, gr := range l.groups {
-		stateBytes += recordHeaderBytes + 20 + len(paxosgroup.EncodeBase(gr.state.base))
+		stateBytes += recordHeaderBytes + stateSize(gr.state)
 	}
-	next.size = max(l.cfg.SegmentBytes, int64(segmentHeaderBytes+batchHeaderBytes+stateBytes+size+sealBytes+batchAlign))
+	// The header, the batch and a seal, each with what is left of its sector.
+	sectors := (batchHeaderBytes+stateBytes+size)/sectorData + 3
+	next.size = max(l.cfg.SegmentBytes, int64(sectors)*sectorBytes)
 	l.segments = append(l.segments, next)
-	l.offset = segmentHeaderBytes
+	l.offset = sectorData
 	return l.putStates()
 }
 
@@ -347,11 +404,9 @@ func (l *Log) seal() {
 	b := l.building
 	l.building = nil
 	if len(b.buf) > 0 {
-		before := len(b.buf)
 		b.seal(l.number)
-		l.queued += len(b.buf) - before
 		l.number++
-		l.offset = b.end()
+		l.offset = nextSector(b.end())
 	}
 	l.queue = append(l.queue, b)
 }
@@ -385,6 +440,9 @@ func (l *Log) Close() error {
 		return nil
 	}
 	l.closed = true
+	if l.timer != nil {
+		l.timer.Stop()
+	}
 	l.room.Broadcast()
 	l.mu.Unlock()
 	if l.cfg.Manual {
@@ -399,7 +457,12 @@ func (l *Log) Close() error {
 	defer l.files.Unlock()
 	errs := []error{l.err}
 	if p := <-l.prepared; p.file != nil {
-		errs = append(errs, p.file.Close(), l.cfg.FS.Remove(filepath.Join(l.cfg.Dir, preparedName)))
+		if errs = append(errs, p.file.Close()); p.name == preparedName {
+			errs = append(errs, l.cfg.FS.Remove(filepath.Join(l.cfg.Dir, p.name)))
+		}
+	}
+	for _, p := range l.pool {
+		errs = append(errs, p.file.Close())
 	}
 	for _, s := range append(l.unused, l.segments...) {
 		if s.file != nil {

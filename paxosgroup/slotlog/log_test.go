@@ -32,7 +32,7 @@ func accept(slot paxosgroup.Slot, counter uint64, payload string) paxosgroup.Rec
 		Kind: paxosgroup.RecordAccept, Slot: slot, Ballot: paxosgroup.Ballot{Counter: counter, Replica: 1},
 		Entry: paxosgroup.Entry{
 			Kind: paxosgroup.KindData, Term: paxosgroup.Ballot{Counter: counter, Replica: 1}, Number: uint64(slot),
-			Region: "r1", Incarnation: 7, Payload: []byte(payload),
+			Region: "r1", Incarnation: 7, Session: 1 << 40, Sequence: 300, Payload: []byte(payload),
 		},
 	}
 }

@@ -2,6 +2,7 @@ package slotlog
 
 import (
 	"fmt"
+	"slices"
 
 	"quorate/paxosgroup"
 )
@@ -16,6 +17,14 @@ type storage struct {
 	group paxosgroup.GroupID
 }
 
+const (
+	// readSlotsMax, readBytesMax and readGapMax bound what is found at once, and
+	// what is read at once, records in between that are not asked for included.
+	readSlotsMax = 1024
+	readBytesMax = 1 << 20
+	readGapMax   = 4 << 10
+)
+
 // Chosen returns what was last accepted or learned in consecutive slots from
 // from to to. That these are chosen the caller knows. It ends early at a slot
 // that holds nothing, and returns ErrCompacted if from is at or below the base.
@@ -26,76 +35,120 @@ func (s *storage) Chosen(from, to paxosgroup.Slot, maxBytes int) ([]paxosgroup.S
 	defer l.files.RUnlock()
 	var entries []paxosgroup.SlotEntry
 	total := 0
-	for slot := from; slot <= to; slot++ {
-		entry, found, err := l.entry(s.group, slot)
+	for from <= to {
+		found, err := l.find(s.group, from, to, maxBytes-total)
+		if err == nil {
+			err = fetch(found)
+		}
 		if err != nil {
-			return entries, fmt.Errorf("read slot %d of group %d: %w", slot, s.group, err)
+			return entries, fmt.Errorf("read slot %d of group %d: %w", from, s.group, err)
 		}
-		if !found {
+		if len(found) == 0 {
 			break
 		}
-		total += len(entry.Payload)
-		if len(entries) > 0 && total > maxBytes {
-			break
+		for _, p := range found {
+			entry, err := p.decode(s.group, from)
+			if err != nil {
+				return entries, fmt.Errorf("read slot %d of group %d: %w", from, s.group, err)
+			}
+			total += len(entry.Payload)
+			if len(entries) > 0 && total > maxBytes {
+				return entries, nil
+			}
+			entries = append(entries, paxosgroup.SlotEntry{Slot: from, Entry: entry})
+			from++
 		}
-		entries = append(entries, paxosgroup.SlotEntry{Slot: slot, Entry: entry})
 	}
 	return entries, nil
 }
 
-// entry reads one slot. Called with files held.
-func (l *Log) entry(g paxosgroup.GroupID, slot paxosgroup.Slot) (paxosgroup.Entry, bool, error) {
-	frame, at, file, err := l.find(g, slot)
-	if err != nil || frame == nil {
-		return paxosgroup.Entry{}, false, err
-	}
-	if file != nil {
-		if _, err := file.ReadAt(frame, int64(at.offset)); err != nil {
-			return paxosgroup.Entry{}, false, fmt.Errorf("at %d of segment %d: %w", at.offset, at.sequence, err)
-		}
-	}
-	r, err := decodeRecord(frame, uint64(at.sequence), int64(at.offset))
+// place is where a slot's record is, and the record once it was read.
+type place struct {
+	at    location
+	file  File
+	frame []byte
+}
+
+func (p place) decode(g paxosgroup.GroupID, slot paxosgroup.Slot) (paxosgroup.Entry, error) {
+	r, err := decodeRecord(p.frame, uint64(p.at.sequence), int64(p.at.offset))
 	if err != nil || r.group != g || r.slot != slot {
 		what := "the index points at another record"
 		if err != nil {
 			what = err.Error()
 		}
-		return paxosgroup.Entry{}, false, &CorruptError{
-			File: segmentName(uint64(at.sequence)), Offset: int64(at.offset), Group: g, Slot: slot, What: what,
+		return paxosgroup.Entry{}, &CorruptError{
+			File: segmentName(uint64(p.at.sequence)), Offset: position(int64(p.at.offset)), Group: g, Slot: slot, What: what,
 		}
 	}
-	return r.entry, true, nil
+	return r.entry, nil
 }
 
-// find returns the frame of a slot, copied from memory if it is not flushed yet;
-// else a buffer of its size and the file to read it from.
-func (l *Log) find(g paxosgroup.GroupID, slot paxosgroup.Slot) ([]byte, location, File, error) {
+// find returns where the consecutive slots from from on are, at least one and as
+// many as are worth maxBytes, with those that are not flushed yet copied from
+// memory. Called with files held.
+func (l *Log) find(g paxosgroup.GroupID, from, to paxosgroup.Slot, maxBytes int) ([]place, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if at, ok := l.missed[g]; ok && slot >= at {
-		return nil, location{}, nil, l.err
+	if at, ok := l.missed[g]; ok && from >= at {
+		return nil, l.err
+	} else if ok {
+		to = min(to, at-1)
 	}
 	gr := l.groups[g]
 	if gr == nil {
-		return nil, location{}, nil, nil
+		return nil, nil
 	}
-	if slot <= gr.state.base.Slot {
-		return nil, location{}, nil, ErrCompacted
+	if from <= gr.state.base.Slot {
+		return nil, ErrCompacted
 	}
-	at := gr.index.get(slot)
-	if at == (location{}) {
-		return nil, location{}, nil, nil
+	var found []place
+	for slot := from; slot <= to && len(found) < readSlotsMax && (maxBytes > 0 || len(found) == 0); slot++ {
+		p := place{at: gr.index.get(slot)}
+		if p.at == (location{}) {
+			break
+		}
+		if b := l.pending(p.at); b != nil {
+			start := int64(p.at.offset) - b.offset
+			p.frame = slices.Clone(b.buf[start : start+int64(p.at.size)])
+		} else if p.file = l.segment(p.at.sequence).file; p.file == nil {
+			return nil, ErrClosed
+		}
+		maxBytes -= int(p.at.size)
+		found = append(found, p)
 	}
-	frame := make([]byte, at.size)
-	if b := l.pending(at); b != nil {
-		copy(frame, b.buf[int64(at.offset)-b.offset:])
-		return frame, at, nil, nil
+	return found, nil
+}
+
+// fetch reads the records that are in files: those that lie near each other at
+// once. Called with files held.
+func fetch(places []place) error {
+	for i := 0; i < len(places); {
+		first := places[i]
+		if first.file == nil {
+			i++
+			continue
+		}
+		start := int64(first.at.offset)
+		end := start + int64(first.at.size)
+		n := i + 1
+		for ; n < len(places); n++ {
+			at := places[n].at
+			if places[n].file != first.file || int64(at.offset) < end || int64(at.offset) > end+readGapMax ||
+				int64(at.offset)+int64(at.size)-start > readBytesMax {
+				break
+			}
+			end = int64(at.offset) + int64(at.size)
+		}
+		b, err := readAt(first.file, start, int(end-start))
+		if err != nil {
+			return fmt.Errorf("at %d of segment %d: %w", position(start), first.at.sequence, err)
+		}
+		for ; i < n; i++ {
+			from := int64(places[i].at.offset) - start
+			places[i].frame = b[from : from+int64(places[i].at.size)]
+		}
 	}
-	file := l.segment(at.sequence).file
-	if file == nil {
-		return nil, location{}, nil, ErrClosed
-	}
-	return frame, at, file, nil
+	return nil
 }
 
 // pending returns the batch in memory that holds the location. Called with mu

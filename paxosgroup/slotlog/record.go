@@ -4,7 +4,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"hash/crc32"
 
 	"quorate/paxosgroup"
 )
@@ -13,6 +12,7 @@ import (
 const (
 	recordHeaderBytes = 16
 	recordBodyMax     = 1 << 30
+	ballotBytes       = 12
 )
 
 type recordType uint8
@@ -27,29 +27,6 @@ const (
 	typeState   = recordType(16)
 	typeSeal    = recordType(17)
 )
-
-var castagnoli = crc32.MakeTable(crc32.Castagnoli)
-
-// checksum covers where the bytes belong, so that a block written to the wrong
-// place, or left over from another life of the file, does not pass.
-func checksum(sequence uint64, offset int64, parts ...[]byte) uint32 {
-	crc := checksumNumber(checksumNumber(0, sequence), uint64(offset))
-	for _, p := range parts {
-		crc = crc32.Update(crc, castagnoli, p)
-	}
-	return crc
-}
-
-// checksumNumber goes on with crc over the little-endian bytes of v. An array of
-// them, handed to crc32.Update, would be allocated each time.
-func checksumNumber(crc uint32, v uint64) uint32 {
-	crc = ^crc
-	for range 8 {
-		crc = castagnoli[byte(crc)^byte(v)] ^ crc>>8
-		v >>= 8
-	}
-	return ^crc
-}
 
 // state is what a group's records add up to, entries apart.
 type state struct {
@@ -88,11 +65,10 @@ func appendRecord(dst []byte, sequence uint64, offset int64, t recordType, g pax
 
 // bodySizeMax bounds the encoded size of a record's body.
 func bodySizeMax(r paxosgroup.Record) int {
-	n := 64 + len(r.Entry.Region) + len(r.Entry.Payload)
 	if r.Base != nil {
-		n += len(paxosgroup.EncodeBase(*r.Base))
+		return ballotBytes + len(paxosgroup.EncodeBase(*r.Base))
 	}
-	return n
+	return 80 + len(r.Entry.Region) + len(r.Entry.Payload)
 }
 
 func appendBody(dst []byte, r paxosgroup.Record, promised paxosgroup.Ballot) []byte {
@@ -107,15 +83,17 @@ func appendBody(dst []byte, r paxosgroup.Record, promised paxosgroup.Ballot) []b
 		dst = binary.LittleEndian.AppendUint64(dst, uint64(r.Slot))
 	case paxosgroup.RecordBase:
 		dst = appendBallot(dst, promised)
-		dst = appendBase(dst, *r.Base)
+		dst = append(dst, paxosgroup.EncodeBase(*r.Base)...)
 	}
 	return dst
 }
 
+func stateSize(s state) int { return ballotBytes + 8 + len(paxosgroup.EncodeBase(s.base)) }
+
 func appendState(dst []byte, s state) []byte {
 	dst = appendBallot(dst, s.promised)
 	dst = binary.LittleEndian.AppendUint64(dst, uint64(s.chosen))
-	return appendBase(dst, s.base)
+	return append(dst, paxosgroup.EncodeBase(s.base)...)
 }
 
 func appendBallot(dst []byte, b paxosgroup.Ballot) []byte {
@@ -133,14 +111,10 @@ func appendEntry(dst []byte, e paxosgroup.Entry) []byte {
 	dst = appendBallot(dst, e.Term)
 	dst = binary.LittleEndian.AppendUint64(dst, e.Number)
 	dst = binary.LittleEndian.AppendUint64(dst, uint64(e.Incarnation))
+	dst = binary.AppendUvarint(dst, e.Session)
+	dst = binary.AppendUvarint(dst, e.Sequence)
 	dst = appendString(dst, e.Region)
 	return append(dst, e.Payload...)
-}
-
-// appendBase writes a base as the core encodes it. It is the last field of its
-// record.
-func appendBase(dst []byte, b paxosgroup.Base) []byte {
-	return append(dst, paxosgroup.EncodeBase(b)...)
 }
 
 // checkRecord refuses what the format has no room for, before any of a batch of
@@ -158,6 +132,7 @@ func checkRecord(r paxosgroup.Record) error {
 		if r.Base == nil {
 			return errors.New("base record without a base")
 		}
+		// What could not be read back must not be taken.
 		if _, err := paxosgroup.DecodeBase(paxosgroup.EncodeBase(*r.Base)); err != nil {
 			return fmt.Errorf("base record: %w", err)
 		}
@@ -248,6 +223,17 @@ func (d *decoder) uint32() uint32 { return binary.LittleEndian.Uint32(d.take(4))
 func (d *decoder) uint64() uint64 { return binary.LittleEndian.Uint64(d.take(8)) }
 func (d *decoder) uint8() uint8   { return d.take(1)[0] }
 
+// uvarint takes only the shortest form, so that there is one.
+func (d *decoder) uvarint() uint64 {
+	v, n := binary.Uvarint(d.b)
+	if n <= 0 || n > 1 && d.b[n-1] == 0 {
+		d.bad = true
+		return 0
+	}
+	d.b = d.b[n:]
+	return v
+}
+
 func (d *decoder) string() string {
 	n := int(d.uint16())
 	if n > len(d.b) {
@@ -266,6 +252,8 @@ func (d *decoder) entry() paxosgroup.Entry {
 	e.Term = d.ballot()
 	e.Number = d.uint64()
 	e.Incarnation = paxosgroup.Incarnation(d.uint64())
+	e.Session = d.uvarint()
+	e.Sequence = d.uvarint()
 	e.Region = d.string()
 	if len(d.b) > 0 {
 		e.Payload = d.take(len(d.b))
@@ -273,8 +261,10 @@ func (d *decoder) entry() paxosgroup.Entry {
 	return e
 }
 
+// base reads the rest.
 func (d *decoder) base() paxosgroup.Base {
-	b, err := paxosgroup.DecodeBase(d.take(len(d.b)))
+	b, err := paxosgroup.DecodeBase(d.b)
 	d.bad = d.bad || err != nil
+	d.b = nil
 	return b
 }

@@ -15,26 +15,32 @@ import (
 )
 
 const (
-	segmentHeaderBytes = 64
+	segmentHeaderBytes = 64 // in a sector of its own
 	segmentMagic       = "QUORLOG\n"
-	formatVersion      = 1
+	formatVersion      = 2
 	segmentSuffix      = ".log"
+	unusedSuffix       = ".unused"
 	preparedName       = "next.tmp"
+	largeName          = "large.tmp"
 	lockName           = "LOCK"
 	// sealBytes is kept free at the end of a segment for a batch with its seal.
-	sealBytes = batchHeaderBytes + recordHeaderBytes + batchAlign
+	sealBytes = batchHeaderBytes + recordHeaderBytes
 )
 
 // segment is one file of the log.
 type segment struct {
 	sequence uint64
 	size     int64
-	file     File // nil until the writer created it
-	entries  int  // index entries that point here
+	file     File  // nil until the writer created it
+	live     int64 // bytes of the records that the index points at
 }
 
 func segmentName(sequence uint64) string {
 	return fmt.Sprintf("%016x%s", sequence, segmentSuffix)
+}
+
+func unusedName(sequence uint64) string {
+	return fmt.Sprintf("%016x%s", sequence, unusedSuffix)
 }
 
 func parseSegmentName(name string) (uint64, bool) {
@@ -47,71 +53,91 @@ func parseSegmentName(name string) (uint64, bool) {
 }
 
 func segmentHeader(sequence uint64, size int64) []byte {
-	b := make([]byte, segmentHeaderBytes)
+	b := make([]byte, segmentHeaderBytes, sectorBytes)
 	copy(b, segmentMagic)
 	binary.LittleEndian.PutUint32(b[8:], formatVersion)
 	binary.LittleEndian.PutUint64(b[16:], sequence)
 	binary.LittleEndian.PutUint64(b[24:], uint64(size))
 	binary.LittleEndian.PutUint32(b[60:], crc32.Checksum(b[:60], castagnoli))
-	return b
+	return appendStamped(nil, b, sequence, 0)
 }
 
-// checkSegmentHeader says what is wrong with the header of the named file.
-func checkSegmentHeader(b []byte, name string, sequence uint64) error {
+// checkSegmentHeader says what is wrong with the header of the named file, which
+// has the given size and begins with b.
+func checkSegmentHeader(b []byte, size int64, name string, sequence uint64) error {
 	damaged := func(what string) error {
 		return &CorruptError{File: name, What: what}
 	}
-	if len(b) < segmentHeaderBytes {
-		return damaged(fmt.Sprintf("the file has only %d bytes", len(b)))
+	if len(b) < sectorBytes {
+		return damaged(fmt.Sprintf("the file has only %d bytes", size))
 	}
 	if string(b[:8]) != segmentMagic {
 		return damaged("this is no segment of a slot log")
 	}
 	// The version comes before the checksum: a later format may place it elsewhere.
-	if v := binary.LittleEndian.Uint32(b[8:]); v > formatVersion {
+	if v := binary.LittleEndian.Uint32(b[8:]); v != formatVersion {
 		return &VersionError{File: name, Version: v}
 	}
 	if binary.LittleEndian.Uint32(b[60:]) != crc32.Checksum(b[:60], castagnoli) {
 		return damaged("the segment header does not match its checksum")
 	}
+	if !isZero(b[segmentHeaderBytes:sectorData]) {
+		return damaged("the sector of the segment header holds more than that")
+	}
 	if got := binary.LittleEndian.Uint64(b[16:]); got != sequence {
 		return damaged(fmt.Sprintf("the file says it is segment %d: it was renamed or copied", got))
 	}
-	if size := binary.LittleEndian.Uint64(b[24:]); size != uint64(len(b)) {
-		return damaged(fmt.Sprintf("the file has %d bytes and was made with %d", len(b), size))
+	if made := binary.LittleEndian.Uint64(b[24:]); made != uint64(size) || size%sectorBytes != 0 {
+		return damaged(fmt.Sprintf("the file has %d bytes and was made with %d", size, made))
 	}
 	return nil
 }
 
-// prepareSegment makes the next segment's file, without header, under a name
-// that recovery ignores.
-func prepareSegment(files FS, dir string, size int64) (File, error) {
-	path := filepath.Join(dir, preparedName)
-	f, err := files.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		return nil, fmt.Errorf("prepare segment: %w", full(err))
-	}
-	if err := f.Allocate(size); err != nil {
-		return nil, errors.Join(fmt.Errorf("prepare segment of %d bytes: %w", size, full(err)), f.Close(), files.Remove(path))
-	}
-	return f, nil
+// preparedFile is a segment's file to be, under a name that recovery ignores.
+type preparedFile struct {
+	file File // nil if there is none
+	name string
 }
 
-// publishSegment writes the header of a prepared file, flushes it and gives it
-// its name.
-func publishSegment(files FS, dir string, f File, s *segment) error {
-	if _, err := f.WriteAt(segmentHeader(s.sequence, s.size), 0); err != nil {
-		return fmt.Errorf("write header of segment %d: %w", s.sequence, full(err))
+// makeFile makes a file of the given size, all zeros.
+func makeFile(files FS, dir, name string, size int64) (preparedFile, error) {
+	path := filepath.Join(dir, name)
+	f, err := files.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return preparedFile{}, fmt.Errorf("prepare segment: %w", full(err))
+	}
+	if err := f.Allocate(size); err != nil {
+		return preparedFile{}, errors.Join(fmt.Errorf("prepare segment of %d bytes: %w", size, full(err)), f.Close(), files.Remove(path))
+	}
+	return preparedFile{f, name}, nil
+}
+
+// publish makes a prepared file the segment: it writes the header, flushes it and
+// gives the file its name.
+func (p preparedFile) publish(files FS, dir string, s *segment) error {
+	if _, err := p.file.WriteAt(segmentHeader(s.sequence, s.size), 0); err != nil {
+		return fmt.Errorf("write header of segment %d: %w", s.sequence, err)
 	}
 	// A full fsync: the length must not be lost, recovery relies on it.
-	if err := f.Sync(); err != nil {
-		return fmt.Errorf("flush header of segment %d: %w", s.sequence, full(err))
+	if err := p.file.Sync(); err != nil {
+		return fmt.Errorf("flush header of segment %d: %w", s.sequence, err)
 	}
 	path := filepath.Join(dir, segmentName(s.sequence))
-	if err := files.Rename(filepath.Join(dir, preparedName), path); err != nil {
-		return fmt.Errorf("name segment %d: %w", s.sequence, full(err))
+	if err := files.Rename(filepath.Join(dir, p.name), path); err != nil {
+		return fmt.Errorf("name segment %d: %w", s.sequence, err)
 	}
+	s.file = p.file
 	return files.SyncDir(dir)
+}
+
+// readAt reads size bytes at offset of the segment.
+func readAt(f File, offset int64, size int) ([]byte, error) {
+	from := position(offset)
+	b := make([]byte, position(offset+int64(size))-from)
+	if n, err := f.ReadAt(b, from); n < len(b) {
+		return nil, err
+	}
+	return strip(b, from)[:size], nil
 }
 
 // lockDir makes sure that no other process uses the directory. The lock goes

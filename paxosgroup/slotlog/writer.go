@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io/fs"
 	"path/filepath"
+	"time"
 )
 
 // write is the log's goroutine: it writes and flushes what has gathered while
@@ -26,36 +27,66 @@ func (l *Log) write() {
 
 // Flush does what the log's goroutine does in one turn, for an owner who chose
 // Config.Manual: it writes and flushes what has gathered, calls the callbacks and
-// reports whether there was anything. It must not be called from a callback, nor
-// by two goroutines at once.
+// reports whether there was anything. While the disk is full it looks for room
+// again. It must not be called from a callback, nor by two goroutines at once.
 func (l *Log) Flush() bool {
 	if !l.cfg.Manual {
 		panic("slotlog: Flush of a log that has a goroutine for it")
 	}
+	l.mu.Lock()
+	l.retry = true
+	l.mu.Unlock()
 	did, _ := l.turn()
 	return did
 }
 
 // turn flushes once and reports whether there was anything to do.
 func (l *Log) turn() (did, closing bool) {
-	batches, callbacks, closing := l.take()
-	if len(batches) > 0 {
-		l.flush(batches)
+	batches, callbacks, retry, closing := l.take()
+	if retry {
+		l.prepareAgain()
 	}
-	for _, durable := range callbacks {
+	done := l.flush(batches)
+	if done == len(batches) {
+		l.call(callbacks)
+	} else {
+		// They wait for all before them.
 		l.mu.Lock()
-		err := l.err
+		last := l.queue[len(l.queue)-1]
+		last.callbacks = append(last.callbacks, callbacks...)
 		l.mu.Unlock()
-		durable(err)
 	}
-	return len(batches) > 0 || len(callbacks) > 0, closing
+	if done > 0 {
+		// After the callbacks: this can wait, commits cannot.
+		if err := l.retire(); err != nil {
+			l.cfg.Logger.Warn("slot log keeps a segment it does not need", "dir", l.cfg.Dir, "err", err)
+		}
+		l.clean()
+	}
+	return done > 0 || done == len(batches) && len(callbacks) > 0, closing
 }
 
-// take returns the batches to flush now, and callbacks that wait for nothing
-// but these.
-func (l *Log) take() (batches []*batch, callbacks []func(error), closing bool) {
+func (l *Log) call(callbacks []func(error)) {
+	if len(callbacks) == 0 {
+		return
+	}
+	l.mu.Lock()
+	err := l.err
+	l.mu.Unlock()
+	for _, durable := range callbacks {
+		durable(err)
+	}
+}
+
+// take returns the batches to flush now, callbacks that wait for nothing but
+// these, and whether it is time to look for room again.
+func (l *Log) take() (batches []*batch, callbacks []func(error), retry, closing bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	retry, l.retry = l.retry, false
+	if l.blocked && !retry && !l.closed && l.err == nil {
+		return nil, nil, false, false
+	}
 	if b := l.building; b != nil {
 		switch {
 		case b.flush || len(b.buf) > lazyBytesMax || l.closed || l.err != nil:
@@ -64,23 +95,35 @@ func (l *Log) take() (batches []*batch, callbacks []func(error), closing bool) {
 			callbacks, b.callbacks = b.callbacks, nil
 		}
 	}
-	return append(batches, l.queue...), callbacks, l.closed
+	return append(batches, l.queue...), callbacks, retry, l.closed
 }
 
-// flush makes the batches durable and calls their callbacks.
-func (l *Log) flush(batches []*batch) {
+// flush makes the batches durable, as many as there is room for, calls their
+// callbacks and returns how many are dealt with.
+func (l *Log) flush(batches []*batch) int {
+	if len(batches) == 0 {
+		return 0
+	}
 	l.mu.Lock()
 	err := l.err
 	l.mu.Unlock()
+	done := 0
 	if err == nil {
-		if err = l.writeBatches(batches); err != nil {
-			l.mu.Lock()
-			l.fail(err)
-			l.mu.Unlock()
-		}
+		done, err = l.writeBatches(batches)
 	}
 
 	l.mu.Lock()
+	if err != nil && errors.Is(err, ErrFull) && !l.closed && l.err == nil {
+		// Nothing was written: it can be tried again.
+		l.block(err)
+		batches, err = batches[:done], nil
+	} else {
+		l.blocked = false
+	}
+	if err != nil {
+		l.fail(err)
+		done = len(batches)
+	}
 	l.queue = l.queue[len(batches):]
 	if len(l.queue) == 0 {
 		l.queue = nil
@@ -89,64 +132,69 @@ func (l *Log) flush(batches []*batch) {
 		l.queued -= len(b.buf)
 		if err == nil {
 			for s, n := range b.released {
-				s.entries -= n
+				s.live -= n
 			}
 			l.recycle(b)
 		}
 	}
-	if err == nil {
-		l.unused = append(l.unused, l.detachUnused(batches[len(batches)-1].seg)...)
+	if err == nil && done > 0 {
+		l.detachUnused(batches[done-1].seg)
 	}
+	l.setFull()
 	l.room.Broadcast()
 	l.mu.Unlock()
 
-	// Callbacks first: deleting files can wait, commits cannot.
 	for _, b := range batches {
 		for _, durable := range b.callbacks {
 			durable(err)
 		}
 	}
-	if err := l.remove(); err != nil {
-		l.cfg.Logger.Warn("slot log keeps a segment it does not need", "dir", l.cfg.Dir, "err", err)
-	}
+	return done
 }
 
-// writeBatches writes batches in order. A segment is flushed before its
-// successor is begun.
-func (l *Log) writeBatches(batches []*batch) error {
+// writeBatches writes batches in order and returns how many are flushed. A
+// segment is flushed before its successor is begun.
+func (l *Log) writeBatches(batches []*batch) (done int, err error) {
 	var dirty *segment
-	for _, b := range batches {
+	for i, b := range batches {
+		if dirty != nil && dirty != b.seg {
+			if err := l.sync(dirty); err != nil {
+				return done, err
+			}
+			dirty, done = nil, i
+		}
 		if len(b.buf) == 0 {
 			continue
 		}
-		if dirty != nil && dirty != b.seg {
-			if err := l.sync(dirty); err != nil {
-				return err
-			}
-		}
 		if b.seg.file == nil {
 			if err := l.create(b.seg); err != nil {
-				return err
+				return done, err
 			}
 		}
-		if _, err := b.seg.file.WriteAt(b.buf, b.offset); err != nil {
-			return fmt.Errorf("write %d bytes at %d of segment %d: %w", len(b.buf), b.offset, b.seg.sequence, full(err))
+		l.frame = appendStamped(l.frame[:0], b.buf, b.seg.sequence, b.offset)
+		if _, err := b.seg.file.WriteAt(l.frame, position(b.offset)); err != nil {
+			return done, fmt.Errorf("write %d bytes at %d of segment %d: %w", len(l.frame), b.offset, b.seg.sequence, err)
 		}
 		dirty = b.seg
 		l.mu.Lock()
 		l.stats.Batches++
-		l.stats.Bytes += uint64(len(b.buf))
+		l.stats.Bytes += uint64(len(l.frame))
 		l.mu.Unlock()
+		if cap(l.frame) > spareBytesMax {
+			l.frame = nil
+		}
 	}
-	if dirty == nil {
-		return nil
+	if dirty != nil {
+		if err := l.sync(dirty); err != nil {
+			return done, err
+		}
 	}
-	return l.sync(dirty)
+	return len(batches), nil
 }
 
 func (l *Log) sync(s *segment) error {
 	if err := s.file.Datasync(); err != nil {
-		return fmt.Errorf("flush segment %d: %w", s.sequence, full(err))
+		return fmt.Errorf("flush segment %d: %w", s.sequence, err)
 	}
 	l.mu.Lock()
 	l.stats.Flushes++
@@ -154,68 +202,140 @@ func (l *Log) sync(s *segment) error {
 	return nil
 }
 
-// create gives s its file and has the next one prepared meanwhile.
+// create gives s its file and has the next one prepared meanwhile. ErrFull says
+// that nothing has changed.
 func (l *Log) create(s *segment) error {
 	p := <-l.prepared
-	if p.err == nil && p.file == nil || p.file != nil && s.size != l.cfg.SegmentBytes {
-		// None was prepared, or this one has to be longer.
-		if p.file != nil {
-			p.err = p.file.Close()
+	if s.size != l.cfg.SegmentBytes {
+		// Larger than all others: the prepared one is for the next.
+		l.prepared <- p
+		var err error
+		if p, err = makeFile(l.cfg.FS, l.cfg.Dir, largeName, s.size); err != nil {
+			return err
 		}
-		if p.err == nil {
-			p.file, p.err = prepareSegment(l.cfg.FS, l.cfg.Dir, s.size)
+		return l.publish(p, s)
+	}
+	if p.file == nil {
+		var err error
+		if p, err = makeFile(l.cfg.FS, l.cfg.Dir, preparedName, s.size); err != nil {
+			l.prepared <- preparedFile{}
+			return err
 		}
 	}
-	if p.err != nil {
-		l.prepared <- preparedSegment{}
-		return p.err
+	if err := l.publish(p, s); err != nil {
+		l.prepared <- preparedFile{}
+		return err
 	}
-	if err := publishSegment(l.cfg.FS, l.cfg.Dir, p.file, s); err != nil {
-		l.prepared <- preparedSegment{}
-		return errors.Join(err, p.file.Close())
-	}
-	l.mu.Lock()
-	s.file = p.file
-	l.mu.Unlock()
 	l.prepare()
 	return nil
 }
 
-// prepare makes the next segment's file in the background: Close, or the next
-// create, waits for it.
+func (l *Log) publish(p preparedFile, s *segment) error {
+	named := *s
+	if err := p.publish(l.cfg.FS, l.cfg.Dir, &named); err != nil {
+		return errors.Join(err, p.file.Close())
+	}
+	l.mu.Lock()
+	s.file = named.file
+	l.mu.Unlock()
+	return nil
+}
+
+// prepare sees to the next segment's file: one that is not used any more, or else
+// a new one, made in the background. Close, or the next create, waits for it.
 func (l *Log) prepare() {
-	if l.cfg.Manual {
-		l.prepared <- preparedSegment{} // made when it is needed
+	if n := len(l.pool); n > 0 {
+		p := l.pool[n-1]
+		l.pool = l.pool[:n-1]
+		l.offer(p)
 		return
 	}
-	go func() {
-		f, err := prepareSegment(l.cfg.FS, l.cfg.Dir, l.cfg.SegmentBytes)
-		if err != nil {
-			l.cfg.Logger.Warn("slot log cannot prepare its next segment", "dir", l.cfg.Dir, "err", err)
-			// Tried again when it is needed: there may be room by then.
-			err = nil
+	if l.cfg.Manual {
+		l.offer(l.makeNext())
+		return
+	}
+	go func() { l.offer(l.makeNext()) }()
+}
+
+func (l *Log) makeNext() preparedFile {
+	p, err := makeFile(l.cfg.FS, l.cfg.Dir, preparedName, l.cfg.SegmentBytes)
+	if err != nil {
+		l.cfg.Logger.Warn("slot log cannot prepare its next segment", "dir", l.cfg.Dir, "err", err)
+	}
+	return p
+}
+
+// offer puts the next segment's file, or that there is none, where create finds
+// it.
+func (l *Log) offer(p preparedFile) {
+	l.mu.Lock()
+	l.spareless = p.file == nil
+	if l.spareless {
+		l.retryLater()
+	}
+	l.setFull()
+	l.mu.Unlock()
+	l.prepared <- p
+}
+
+// prepareAgain tries once more if there was no room for the next segment.
+func (l *Log) prepareAgain() {
+	select {
+	case p := <-l.prepared:
+		if p.file == nil {
+			l.prepare()
+		} else {
+			l.prepared <- p
 		}
-		l.prepared <- preparedSegment{file: f, err: err}
-	}()
+	default: // under way
+	}
+}
+
+// block notes that what is queued waits for room. Called with mu held.
+func (l *Log) block(err error) {
+	if !l.blocked {
+		l.cfg.Logger.Warn("slot log waits for room: nothing is accepted until there is some", "dir", l.cfg.Dir, "err", err)
+	}
+	l.blocked = true
+	l.retryLater()
+}
+
+// retryLater has the writer look for room again. Called with mu held.
+func (l *Log) retryLater() {
+	if l.cfg.Manual || l.closed {
+		return
+	}
+	if l.timer != nil {
+		l.timer.Stop()
+	}
+	l.timer = time.AfterFunc(l.cfg.RetryInterval, func() {
+		l.mu.Lock()
+		l.retry = true
+		l.mu.Unlock()
+		l.wake()
+	})
 }
 
 // detachUnused takes the oldest segments off the log that no entry is in, up to
 // the one whose flush has just ended: it begins with every group's state.
 // Called with mu held.
-func (l *Log) detachUnused(current *segment) []*segment {
+func (l *Log) detachUnused(current *segment) {
 	n := 0
-	for n < len(l.segments) && l.segments[n] != current && l.segments[n].entries == 0 {
+	for n < len(l.segments) && l.segments[n] != current && l.segments[n].live == 0 {
 		n++
 	}
-	dead := l.segments[:n:n]
+	l.unused = append(l.unused, l.segments[:n]...)
 	l.segments = l.segments[n:]
-	return dead
 }
 
-// remove deletes the files of unused segments, oldest first, once nobody reads
-// them. One that cannot be deleted stays with all behind it until the next time,
-// so that what is there is always without a gap.
-func (l *Log) remove() error {
+// poolMax bounds the files kept to be used again, beside the prepared one.
+const poolMax = 2
+
+// retire takes the files of unused segments away, oldest first, once nobody
+// reads them: to be used again, or deleted. One for which that fails stays with
+// all behind it until the next time, so that what is there is always without a
+// gap.
+func (l *Log) retire() error {
 	if len(l.unused) == 0 {
 		return nil
 	}
@@ -223,19 +343,37 @@ func (l *Log) remove() error {
 	defer l.files.Unlock()
 	for len(l.unused) > 0 {
 		s := l.unused[0]
-		if s.file != nil {
-			if err := s.file.Close(); err != nil {
-				return err
-			}
-			s.file = nil
+		p := preparedFile{s.file, unusedName(s.sequence)}
+		from, to := filepath.Join(l.cfg.Dir, segmentName(s.sequence)), filepath.Join(l.cfg.Dir, p.name)
+		keep := s.size == l.cfg.SegmentBytes && len(l.pool) < poolMax
+		var err error
+		if keep {
+			err = l.cfg.FS.Rename(from, to)
+		} else {
+			err = l.cfg.FS.Remove(from)
 		}
-		if err := l.cfg.FS.Remove(filepath.Join(l.cfg.Dir, segmentName(s.sequence))); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
+		// Before the next goes, and before anything is written to this one: a name
+		// that comes back must find what belongs to it.
 		if err := l.cfg.FS.SyncDir(l.cfg.Dir); err != nil {
 			return err
 		}
 		l.unused = l.unused[1:]
+		if !keep {
+			if err := s.file.Close(); err != nil {
+				return err
+			}
+			continue
+		}
+		l.pool = append(l.pool, p)
+	}
+	l.mu.Lock()
+	spareless := l.spareless
+	l.mu.Unlock()
+	if spareless {
+		l.prepareAgain()
 	}
 	return nil
 }
