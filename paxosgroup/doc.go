@@ -23,9 +23,11 @@
 //     effective of a term is a prefix of what its leader proposed, and nothing
 //     of an older term follows a newer opening.
 //   - Membership: the configuration of a slot is fixed by the chosen entries
-//     below it. Nothing is proposed above an undecided configuration entry, nor
-//     in any slot without the promises of a phase-1 quorum of the membership
-//     that governs it.
+//     below it. It is one configuration, or two while a change is being made: then
+//     every quorum, of either phase, pre-votes or lease, is one of each. Nothing is
+//     proposed in a slot without the promises of a phase-1 quorum of what governs
+//     it, be the change below it chosen or not; nor above a change that another
+//     leader began and that is undecided.
 //   - Lease: while clocks drift less than Config.ClockDriftPPMMax, at most one
 //     replica believes that it holds the lease. The leader counts from sending,
 //     a grantor from receipt; a restarted grantor, having forgotten what it
@@ -47,7 +49,9 @@
 // on. It then proposes again, slot by slot, the entry of the highest ballot
 // reported, no-ops in the gaps, its opening, and from then on what callers hand
 // in (leader.go). Phase 1 is not run again in this leadership, but for the
-// members that a new configuration adds (reconfigure.go).
+// members that a new configuration adds: those are asked before it is proposed
+// (reconfigure.go). What allows it to be skipped is asserted at each Accept
+// (Replica.mayPropose).
 //
 // Phase 2 is pipelined within a window of slots and bytes. Acceptors accept in
 // any order; the leader extends the chosen prefix in order, and tells it with
@@ -71,12 +75,14 @@
 //
 //   - Lamport, "Paxos Made Simple" (2001): phase 1 and 2 in acceptor.go and
 //     election.go; section 3, one phase 1 for all slots and no-ops in gaps, in
-//     Replica.pump; a configuration that is itself in the log, in membership.go
-//     and docs/decisions/0002-membership-per-slot.md.
+//     Replica.pump; a configuration that is itself in the log, in membership.go.
+//   - Ongaro, "Consensus: Bridging Theory and Practice" (2014), section 4.3: joint
+//     consensus; for slots that are accepted in any order, with quorums of any
+//     sizes, in reconfigure.go and docs/decisions/0016-joint-consensus.md.
 //   - Junqueira, Reed and Serafini, "Zab: High-performance broadcast for
 //     primary-backup systems" (DSN 2011): why a pipeline over Paxos loses
 //     primary order; judge.go restores it.
 //   - Howard, Malkhi and Spiegelman, "Flexible Paxos" (2016): only quorums of
-//     different phases must meet; Membership.Validate and Quorums.
+//     different phases must meet; Configuration.faults and quorum.go.
 //   - Gray and Cheriton, "Leases" (SOSP 1989): lease.go.
 package paxosgroup

@@ -233,8 +233,6 @@ func (r *Replica) afterLearning(before Slot) {
 	if l.inheritedAt != 0 && r.chosen >= l.inheritedAt {
 		l.inheritedAt = 0
 		r.prepareNewcomers()
-	} else if r.stage == preparing {
-		r.prepareNewcomers()
 	}
 	if r.stage == proposing && r.configAt > before {
 		r.heartbeat() // the next step waits until they know
@@ -256,7 +254,7 @@ func (r *Replica) afterLearning(before Slot) {
 // prepareNewcomers asks for the promises of members that have none to show.
 func (r *Replica) prepareNewcomers() {
 	for _, p := range r.peers {
-		if !slices.Contains(r.lead.promised, p.id) && (p.preparedAt < r.candidacy.startedAt || r.stage == proposing) {
+		if !slices.Contains(r.lead.promised, p.id) {
 			r.sendPrepare(p)
 		}
 	}

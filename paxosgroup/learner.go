@@ -89,6 +89,7 @@ func (r *Replica) learnCommitted() {
 		if st == nil || st.ballot != r.commitAt {
 			return
 		}
+		r.beforeLearning(st.entry)
 		r.choose(r.chosen+1, st.entry)
 	}
 }
@@ -232,6 +233,7 @@ func (r *Replica) onLearn(m Message) {
 		if r.deposedBy(e) {
 			r.stepDown()
 		}
+		r.beforeLearning(e.Entry)
 		r.persist(Record{Kind: RecordLearn, Slot: e.Slot, Entry: e.Entry})
 		r.choose(e.Slot, e.Entry)
 	}
@@ -251,6 +253,22 @@ func (r *Replica) onLearn(m Message) {
 		r.couldNotServe(m.From, m.Slot, false)
 	}
 	r.learnOf(m.Chosen, m.From)
+}
+
+// beforeLearning ends a candidacy or leadership that is told of a new membership
+// by others. It may have been chosen at a higher ballot than the own one; what
+// this replica then proposed would be under a membership that ballots in between
+// did not know of, and 0016-joint-consensus.md argues from that never being so.
+// One that asks for promises afterwards gets them from somebody who has accepted
+// the entry, hence at a higher ballot.
+func (r *Replica) beforeLearning(e Entry) {
+	if r.stage < preparing {
+		return
+	}
+	if _, takes := r.membership.Next(e); takes {
+		r.stepDown()
+		r.electionAt = r.now.Add(r.random(r.electionTimeout() / 2))
+	}
 }
 
 // deposedBy reports whether a chosen entry proves that a later leader was

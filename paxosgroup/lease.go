@@ -142,15 +142,15 @@ func (r *Replica) confirmedAt(q *quorums) Instant {
 }
 
 // reportedLease is what Status shows: nothing before the leader has opened its
-// term or once it is about to hand over, and while a configuration entry is
-// undecided only what holds whether it is chosen or not.
+// term or once it is about to hand over, and once a change of membership is about to
+// be proposed only what holds whether it is made or not.
 func (r *Replica) reportedLease() Instant {
 	if !r.lead.opened || r.lead.transfer != nil {
 		return 0
 	}
 	until := r.leaseUntil(&r.quorums)
-	if c := r.lead.change; c != nil && c.at != 0 {
-		until = min(until, r.leaseUntil(&c.quorums))
+	if c := r.lead.change; c != nil && c.floor != 0 {
+		until = min(until, max(c.floor, r.leaseUntil(&c.quorums)))
 	}
 	if until <= r.now {
 		return 0

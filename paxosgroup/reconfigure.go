@@ -11,6 +11,7 @@ type change struct {
 	to      Membership
 	quorums quorums // of to
 	until   Instant // dropped if not proposed by then
+	floor   Instant // the lease that was reported when all but that was ready; 0 before
 	at      Slot    // where it was proposed; 0 if it was not
 }
 
@@ -121,16 +122,23 @@ func (r *Replica) tryChange() {
 //     whether the slots above it are governed by what is in force or by what is
 //     to come, they are proposed with the promises that they need. So the
 //     pipeline need not stop.
-//   - Its voters grant the lease for as long as anybody was told that it holds:
-//     from now on only what both grant is told, and when the outgoing voters'
-//     grants no longer keep others from leading, the incoming ones' do.
 //   - So many of its voters have come near that what is proposed next can be
 //     accepted: the group would stand still till then.
+//   - Its voters grant the lease for as long as anybody was told that it holds:
+//     from now on only what both grant is told, and when the outgoing voters'
+//     grants no longer keep others from leading, the incoming ones' do. (The far
+//     ones' grants are always older than the near ones': so what is told is held
+//     back until they have caught up with it.)
 func (r *Replica) mayEnter(c *change) bool {
 	until := r.leaseUntil(&c.quorums)
-	return c.quorums.phase1(r.bits.set(r.lead.promised)) &&
-		until > r.now && until >= r.reportedLease() &&
-		c.quorums.phase2(r.knowing(r.chosen-min(r.chosen, Slot(r.cfg.WindowSlotsMax))))
+	if until <= r.now || !c.quorums.phase1(r.bits.set(r.lead.promised)) ||
+		!c.quorums.phase2(r.knowing(r.chosen-min(r.chosen, Slot(r.cfg.WindowSlotsMax)))) {
+		return false
+	}
+	if c.floor == 0 {
+		c.floor = max(r.reportedLease(), r.now)
+	}
+	return until >= c.floor
 }
 
 // mayLeave reports whether a joint membership may be left for one of its sides.

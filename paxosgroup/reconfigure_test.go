@@ -97,6 +97,36 @@ func TestAChangeWaitsForTheNewVoters(t *testing.T) {
 	}
 }
 
+// The grants of far voters are always older than those of near ones; that must
+// neither let the lease lapse nor keep the change waiting.
+func TestAChangeToFarVotersKeepsTheLease(t *testing.T) {
+	l := newLab(t, 1, false)
+	b := l.lead()
+	l.change(voters(9, 6, 7, 8))
+	l.step(Message{Kind: MsgPromise, From: 6, Ballot: b})
+	l.step(Message{Kind: MsgPromise, From: 7, Ballot: b})
+	var sent []Instant
+	reported := Instant(0)
+	for range 12 {
+		l.pass(100 * time.Millisecond)
+		l.grant(1, 2, 3)
+		sent = append(sent, l.r.lead.heartbeatAt)
+		if n := len(sent) - 4; n >= 0 { // 300 ms later
+			for _, id := range []ReplicaID{6, 7} {
+				l.step(Message{Kind: MsgHeartbeatAck, From: id, Ballot: b, SentAt: sent[n], Granted: true, Chosen: 1})
+			}
+		}
+		if u := l.r.Status().LeaseUntil; u <= l.now || u < reported {
+			t.Fatalf("lease until %v, was %v, now %v", u, reported, l.now)
+		} else {
+			reported = u
+		}
+	}
+	if c := l.r.lead.change; c.at == 0 || l.r.leaseUntil(&c.quorums) < reported {
+		t.Errorf("at slot %d, what was reported is %v more than what the new voters granted", c.at, reported.Sub(l.r.leaseUntil(&c.quorums)))
+	}
+}
+
 func TestAChangeWhoseVotersDoNotAnswerIsDropped(t *testing.T) {
 	l := newLab(t, 1, false)
 	l.lead()
@@ -301,6 +331,36 @@ func TestJointNeedsPreVotesAndPromisesOfBoth(t *testing.T) {
 	}
 	if l.grant(1, 6); l.r.Status().LeaseUntil == 0 {
 		t.Error("holds no lease of both sides")
+	}
+}
+
+// A leader that is told by others that its own change is chosen was overtaken:
+// it was chosen at a higher ballot, and leaders in between may not have known of
+// it. To go on would be to propose under a membership that they could not ask.
+func TestALeaderTakesNoMembershipFromOthers(t *testing.T) {
+	l := newLab(t, 1, false)
+	l.lead()
+	l.change(voters(9, 1, 2, 6))
+	l.step(Message{Kind: MsgPromise, From: 6, Ballot: l.r.ballot})
+	l.grant(1, 2, 6)
+	st := l.r.log[2]
+	if st == nil || st.entry.Kind != KindConfig {
+		t.Fatal("the change is not proposed: the test shows nothing")
+	}
+	l.step(Message{Kind: MsgLearn, From: 3, Slot: 2, Chosen: 2, Entries: []SlotEntry{{2, st.entry}}})
+	if l.r.chosen != 2 || !l.r.membership.Joint() {
+		t.Error("did not learn it")
+	}
+	if l.r.role != Follower {
+		t.Error("leads on")
+	}
+	// So does a candidate.
+	l = newLab(t, 1, false)
+	b := l.prepare()
+	l.step(Message{Kind: MsgPromise, From: 2, Ballot: b, Chosen: 1})
+	l.step(Message{Kind: MsgLearn, From: 2, Slot: 1, Chosen: 1, Entries: []SlotEntry{{1, st.entry}}})
+	if l.step(Message{Kind: MsgPromise, From: 3, Ballot: b}); l.r.stage >= preparing {
+		t.Error("prepares on")
 	}
 }
 
