@@ -110,7 +110,9 @@ func newStory(t *testing.T) *story {
 	return &story{t: t, nodes: map[ReplicaID]*teller{}, cut: map[[2]ReplicaID]bool{}, drop: map[[2]ReplicaID]string{}, slow: map[ReplicaID]time.Duration{}}
 }
 
-func (d *teller) Chosen(from, to Slot, maxBytes int) ([]SlotEntry, error) { return d.log[from-1 : to], nil }
+func (d *teller) Chosen(from, to Slot, maxBytes int) ([]SlotEntry, error) {
+	return d.log[from-1 : to], nil
+}
 
 // tell runs the commands of a file and returns the file as it should be.
 func (s *story) tell(in string) string {

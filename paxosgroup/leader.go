@@ -40,6 +40,7 @@ type peer struct {
 	id              ReplicaID
 	index           int // of its bit in acks, as long as it is a peer
 	chosen, applied Slot
+	knows           Slot // chosen, as said after a flush: no crash makes it forget a membership up to there
 	lastHeard       Instant
 	movedAt         Instant // chosen or applied
 	rtt             time.Duration
@@ -192,7 +193,9 @@ func (r *Replica) onAccepted(m Message) {
 	r.tryChange()
 }
 
+// noteProgress takes in what an answer tells that was sent after a flush.
 func (r *Replica) noteProgress(p *peer, chosen, applied Slot) {
+	p.knows = max(p.knows, chosen)
 	if chosen > p.chosen || applied != p.applied {
 		p.chosen, p.applied, p.movedAt = max(p.chosen, chosen), applied, r.now
 	}

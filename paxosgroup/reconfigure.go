@@ -150,14 +150,14 @@ func (r *Replica) mayLeave(c *change) bool {
 }
 
 // knowing returns the replicas that are known to have everything up to slot s
-// as chosen. A peer says so after a flush.
+// as chosen, and keep that knowledge over a crash.
 func (r *Replica) knowing(s Slot) uint64 {
 	var set uint64
 	if r.self >= 0 && r.configFlushed >= min(s, r.configAt) && r.chosen >= s {
 		set |= 1 << r.self
 	}
 	for _, p := range r.peers {
-		if p.chosen >= s {
+		if p.knows >= s {
 			set |= 1 << p.index
 		}
 	}
