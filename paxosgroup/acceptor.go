@@ -1,5 +1,7 @@
 package paxosgroup
 
+import "slices"
+
 // raisePromise promises b, which ends any candidacy or leadership of this
 // replica at a lower ballot. (Lamport, "Paxos Made Simple", section 2.2.)
 func (r *Replica) raisePromise(b Ballot) {
@@ -51,8 +53,11 @@ func (r *Replica) onAccept(m Message) {
 	}
 	r.follow(m)
 	acked := make([]Slot, 0, len(m.Entries))
-	for _, e := range m.Entries {
-		if r.accept(m.Ballot, e) {
+	r.pending.Persist = slices.Grow(r.pending.Persist, len(m.Entries))
+	// In one piece, of which each slot keeps the whole: windows bound that too.
+	states := make([]slotState, len(m.Entries))
+	for i, e := range m.Entries {
+		if r.accept(m.Ballot, e, &states[i]) {
 			acked = append(acked, e.Slot)
 		}
 	}
@@ -63,9 +68,9 @@ func (r *Replica) onAccept(m Message) {
 const acceptWindows = 8 // of slots, above the chosen prefix
 
 // accept takes an entry into its slot, and reports whether this replica may say
-// that it has. A chosen slot holds the only value that any later ballot can
+// that it has; st is room for its state. A chosen slot holds the only value that any later ballot can
 // propose, so the answer is yes without a look.
-func (r *Replica) accept(b Ballot, e SlotEntry) bool {
+func (r *Replica) accept(b Ballot, e SlotEntry, st *slotState) bool {
 	if e.Slot <= r.chosen {
 		return true
 	}
@@ -81,7 +86,8 @@ func (r *Replica) accept(b Ballot, e SlotEntry) bool {
 		return false
 	}
 	invariant(!b.Less(r.promised), "slot %d accepted at %v below promise %v", e.Slot, b, r.promised)
-	r.put(e.Slot, &slotState{ballot: b, entry: e.Entry})
+	*st = slotState{ballot: b, entry: e.Entry}
+	r.put(e.Slot, st)
 	r.persist(Record{Kind: RecordAccept, Ballot: b, Slot: e.Slot, Entry: e.Entry})
 	return true
 }

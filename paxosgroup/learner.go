@@ -84,6 +84,9 @@ func (r *Replica) noteCommit(b Ballot, s Slot) {
 // that says it is chosen. What was accepted at another ballot may be another
 // value, and is fetched.
 func (r *Replica) learnCommitted() {
+	if n := min(r.commit, r.maxAccepted); n > r.chosen {
+		r.pending.Delivered = slices.Grow(r.pending.Delivered, int(min(n-r.chosen, Slot(len(r.log)))))
+	}
 	for r.chosen < r.commit {
 		st := r.log[r.chosen+1]
 		if st == nil || st.ballot != r.commitAt {
