@@ -238,8 +238,12 @@ func (c *cluster) measure(ctx context.Context, proposers, size int, warm, length
 	}
 	for _, p := range looked {
 		mark := command{Do: "mark"}
-		if profile != "" && p.id <= 2 { // the leader, or at least a follower
-			mark.Profile = fmt.Sprintf("%s-%d.cpu", profile, p.id)
+		if profile != "" {
+			role := fmt.Sprintf("follower%d", p.id)
+			if p == lead {
+				role = "leader"
+			}
+			mark.Profile = fmt.Sprintf("%s-%s.cpu", profile, role)
 		}
 		if p == lead || mark.Profile != "" {
 			if _, err := p.do(mark); err != nil {
@@ -258,7 +262,7 @@ func (c *cluster) measure(ctx context.Context, proposers, size int, warm, length
 	}
 	if profile != "" {
 		for _, p := range looked {
-			if p != lead && p.id <= 2 {
+			if p != lead {
 				if _, err := p.do(command{Do: "finish"}); err != nil {
 					return turn{}, err
 				}

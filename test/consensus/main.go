@@ -77,7 +77,7 @@ func run(ctx context.Context) (err error) {
 	size := flag.Int("bytes", 128, "of a payload of -one")
 	delay := flag.Duration("delay", 0, "round trip of -one")
 	length := flag.Duration("length", 3*time.Second, "of -one")
-	profile := flag.String("profile", "", "of -one: write profiles of replicas 1 and 2 to files whose names begin so")
+	profile := flag.String("profile", "", "of -one: write profiles of all replicas to files whose names begin so")
 	flag.Parse()
 	b := &bench{plan: planOf(os.Getenv("SHORT") == "1")}
 	if b.only, err = regexp.Compile(*only); err != nil {

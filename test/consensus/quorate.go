@@ -26,7 +26,6 @@ type quorate struct {
 	runner    *runner.Runner
 	server    *grpc.Server
 	groups    []*runner.Group
-	waiters   *waiters
 	cancel    context.CancelFunc
 	running   sync.WaitGroup
 }
@@ -37,7 +36,7 @@ func startQuorate(cfg nodeConfig, listener net.Listener) (*quorate, error) {
 	if err != nil {
 		return nil, err
 	}
-	q := &quorate{log: log, waiters: newWaiters()}
+	q := &quorate{log: log}
 	self := paxosgroup.ReplicaID(cfg.ID)
 	q.transport, err = peer.New(peer.Config{ClusterID: "bench", Self: self, Logger: logger,
 		Deliver: func(from paxosgroup.ReplicaID, batch []peer.GroupMessage) { q.runner.Deliver(from, batch) }})
@@ -90,8 +89,9 @@ func (q *quorate) run(what string, f func() error) {
 	})
 }
 
-// deliver reads what is chosen in the first group, as a sidecar does, and wakes
-// whose entry is effective.
+// deliver reads what is chosen in the first group, as the sidecar of every
+// replica does. Proposers do not wait for it: ProposeAndWait returns when an entry
+// is effective, in order.
 func (q *quorate) deliver(ctx context.Context) error {
 	g := q.groups[0]
 	last, moved := g.Chosen()
@@ -103,11 +103,7 @@ func (q *quorate) deliver(ctx context.Context) error {
 				return err
 			}
 			for i := range entries {
-				d := &entries[i]
-				next = d.Slot + 1
-				if d.Entry.Kind == paxosgroup.KindData && d.Verdict == paxosgroup.Effective {
-					q.waiters.delivered(d.Entry.Payload)
-				}
+				next = entries[i].Slot + 1
 			}
 		}
 		g.SetApplied(last)
@@ -134,11 +130,9 @@ func (q *quorate) leads() int {
 	return n
 }
 
-func (q *quorate) propose(ctx context.Context, i int, payload []byte) error {
-	if _, _, err := q.groups[0].Propose(ctx, payload); err != nil {
-		return err
-	}
-	return q.waiters.wait(ctx, i)
+func (q *quorate) propose(ctx context.Context, _ int, payload []byte) error {
+	_, err := q.groups[0].ProposeAndWait(ctx, payload)
+	return err
 }
 
 func (q *quorate) count(c *counters) {
