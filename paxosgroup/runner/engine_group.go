@@ -117,7 +117,7 @@ func (g *EngineGroup) rebuild(s paxosgroup.Status) error {
 		}
 		for _, e := range entries {
 			v := g.history.add(e.Entry)
-			g.recent.add(paxosgroup.Delivered{Slot: e.Slot, Entry: e.Entry, Verdict: v})
+			g.recent.add(&paxosgroup.Delivered{Slot: e.Slot, Entry: e.Entry, Verdict: v})
 		}
 	}
 	if !g.history.judge.Equal(s.Judge) {
@@ -215,7 +215,7 @@ func (g *EngineGroup) deliver(entries []paxosgroup.Delivered) {
 		if v := g.history.add(d.Entry); v != d.Verdict {
 			panic(fmt.Sprintf("runner: group %d: slot %d delivered with verdict %d, judged %d", g.id, d.Slot, d.Verdict, v))
 		}
-		g.recent.add(*d)
+		g.recent.add(d)
 		if w := &g.proposals; w.inFlight.n > 0 && d.Entry.Kind == paxosgroup.KindData && d.Entry.Term == w.term {
 			g.arrived(d)
 		}
@@ -258,8 +258,8 @@ func (g *EngineGroup) NeedsSnapshot() bool { return g.needImage.Load() }
 
 // Read returns consecutive chosen entries from slot from on with their verdicts:
 // at least one, beyond it up to maxBytes of payload, and none if from is not
-// chosen yet. It returns ErrCompacted if from is at or below the base. Payloads
-// are shared and must not be changed.
+// chosen yet. It returns ErrCompacted if from is at or below the base. What it
+// returns is shared and must not be changed.
 func (g *EngineGroup) Read(from paxosgroup.Slot, maxBytes int) ([]paxosgroup.Delivered, error) {
 	g.guard.Lock()
 	base, last, first := g.history.base.Slot, g.history.last, g.recent.first()

@@ -101,8 +101,8 @@ func (g *Group) NeedsSnapshot() bool { return g.engine.NeedsSnapshot() }
 
 // Read returns consecutive chosen entries from slot from on with their verdicts:
 // at least one, beyond it up to maxBytes of payload, and none if from is not
-// chosen yet. It returns ErrCompacted if from is at or below the base. Payloads
-// are shared and must not be changed.
+// chosen yet. It returns ErrCompacted if from is at or below the base. What it
+// returns is shared and must not be changed.
 func (g *Group) Read(from paxosgroup.Slot, maxBytes int) ([]paxosgroup.Delivered, error) {
 	return g.engine.Read(from, maxBytes)
 }
