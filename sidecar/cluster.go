@@ -152,7 +152,7 @@ func regionKinds(cfg *config.Config) []string {
 func (m *membership) await(ctx context.Context, say func(string)) (identity, error) {
 	for {
 		id, changed := m.current()
-		if id != nil && (id.Life == sidecarpb.Life_LIFE_MEMBER || id.Life == sidecarpb.Life_LIFE_JOINING) {
+		if id != nil && (id.Life == sidecarpb.Life_LIFE_MEMBER && id.Superseded == "" || id.Life == sidecarpb.Life_LIFE_JOINING) {
 			return *id, nil
 		}
 		waiting, err := m.attempt(ctx, id)
@@ -171,6 +171,10 @@ func (m *membership) await(ctx context.Context, say func(string)) (identity, err
 
 // attempt takes one step towards membership and says what is still missing.
 func (m *membership) attempt(ctx context.Context, id *identity) (waiting string, err error) {
+	if id != nil && id.Superseded != "" {
+		// The database is this cluster's, so it can be replaced by an image.
+		return m.joinRunning(ctx)
+	}
 	probes := make(map[string]*sidecarpb.ProbeReply, len(m.cfg.Regions))
 	var missing []string
 	for _, r := range m.cfg.Regions {
@@ -318,7 +322,7 @@ func (m *membership) joinRunning(ctx context.Context) (string, error) {
 		}
 		m.log.Info("joining as a new replica", "replica", reply.ReplicaId)
 		return "", m.update(func(now *identity) (*identity, error) {
-			if now != nil {
+			if now != nil && now.Superseded == "" {
 				return nil, nil // prepared meanwhile: the cluster was not running after all
 			}
 			return &identity{

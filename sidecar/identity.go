@@ -32,6 +32,14 @@ type identity struct {
 	// Replace says why the database must be replaced by an image, and is to be
 	// kept shut until it is; empty: it need not.
 	Replace string `json:"replace,omitempty"`
+	// Start counts the starts of this replica, and Nonces are the present one's and
+	// those before it, the newest first: by them others recognise a data_dir that
+	// was put back to an earlier state.
+	Start  uint64   `json:"start,omitempty"`
+	Nonces []uint64 `json:"nonces,omitempty"`
+	// Superseded says who knew a later life of this replica. It never votes again:
+	// the region joins as a new one.
+	Superseded string `json:"superseded,omitempty"`
 	// Cut: the log was cut once. From then on one of Footings says what was known
 	// where it begins, unless the database came with an image.
 	Cut      bool      `json:"cut,omitempty"`
@@ -63,21 +71,25 @@ func (id *identity) save(dir string) error {
 	if err != nil {
 		return err
 	}
-	path := filepath.Join(dir, identityFile)
+	return writeDurably(filepath.Join(dir, identityFile), append(b, '\n'))
+}
+
+// writeDurably puts a file in place of another of that name, on disk before it
+// returns.
+func writeDurably(path string, b []byte) error {
 	f, err := os.OpenFile(path+".new", os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
-	if err != nil {
-		return fmt.Errorf("write identity: %w: data_dir must be writable by this user, and have room", err)
+	if err == nil {
+		_, err = f.Write(b)
+		err = errors.Join(err, f.Sync(), f.Close())
 	}
-	_, err = f.Write(append(b, '\n'))
-	err = errors.Join(err, f.Sync(), f.Close())
 	if err == nil {
 		err = os.Rename(path+".new", path)
 	}
 	if err == nil {
-		err = syncDir(dir)
+		err = syncDir(filepath.Dir(path))
 	}
 	if err != nil {
-		return fmt.Errorf("write identity %s: %w: data_dir must be writable by this user, and have room", path, err)
+		return fmt.Errorf("write %s: %w: data_dir must be writable by this user, and have room", path, err)
 	}
 	return nil
 }

@@ -32,9 +32,23 @@ import (
 // reconnectBackoff is short, for a healed link should serve at once.
 var reconnectBackoff = backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 500 * time.Millisecond}
 
+// errSuperseded ends a life whose replica must never vote again.
+var errSuperseded = errors.New("data_dir was put back to an earlier state")
+
 // Run is a sidecar's life: it returns nil when ctx ends, else why it cannot go on.
 func Run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	log = log.With("region", cfg.Region)
+	for {
+		err := run(ctx, cfg, log)
+		if !errors.Is(err, errSuperseded) || ctx.Err() != nil {
+			return err
+		}
+		log.Error("this replica does not vote any more: the region joins as a new one, and is seeded anew", "err", err)
+	}
+}
+
+// run is the life of one replica.
+func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
 		return fmt.Errorf("data_dir: %w", err)
 	}
@@ -215,7 +229,18 @@ func takePart(ctx context.Context, cfg *config.Config, id identity, member *memb
 			return err
 		}
 	}
-	if err := member.mark(func(id *identity) { id.Began = true }); err != nil {
+	known, err := loadLives(cfg.DataDir)
+	if err != nil {
+		return err
+	}
+	var past peer.Life // with this start
+	err = member.mark(func(id *identity) {
+		id.Began = true
+		id.Start++
+		id.Nonces = append([]uint64{uint64(newIncarnation())}, id.Nonces[:min(len(id.Nonces), peer.NoncesMax-1)]...)
+		past = peer.Life{Start: id.Start, Nonces: id.Nonces}
+	})
+	if err != nil {
 		return err
 	}
 	tracer, err := tracing.New(ctx, tracing.Config{
@@ -235,9 +260,17 @@ func takePart(ctx context.Context, cfg *config.Config, id identity, member *memb
 	s.clusterID, s.others = id.ClusterID, back
 	s.logBytes = func() int64 { return int64(slots.Stats().Segments) * int64(cfg.Log.SegmentBytes) }
 	var run *runner.Runner
+	superseded := make(chan string, 1)
 	transport, err := peer.New(peer.Config{
 		ClusterID: fmt.Sprintf("%016x", id.ClusterID), Self: id.ReplicaID, Logger: log,
 		Deliver: func(from paxosgroup.ReplicaID, batch []peer.GroupMessage) { run.Deliver(from, batch) },
+		Life:    past, Meet: known.meet, LeaseDuration: cfg.Consensus.LeaseDuration,
+		Superseded: func(by paxosgroup.ReplicaID, why string) {
+			select {
+			case superseded <- fmt.Sprintf("replica %d refused this one: %s", by, why):
+			default: // told already
+			}
+		},
 	})
 	if err != nil {
 		return err
@@ -297,6 +330,16 @@ func takePart(ctx context.Context, cfg *config.Config, id identity, member *memb
 		})
 	})
 	g.Go(func() error { return run.Run(ctx) })
+	g.Go(func() error {
+		select {
+		case why := <-superseded:
+			// Returning ends all that answers for this replica. That it is not begun
+			// again is on disk as soon as that can be.
+			return errors.Join(fmt.Errorf("%w: %s", errSuperseded, why), member.mark(func(id *identity) { id.Superseded = why }))
+		case <-ctx.Done():
+			return nil
+		}
+	})
 	g.Go(func() error { return transport.Run(ctx) })
 	g.Go(func() error { return followMembership(ctx, cfg, group, transport) })
 	g.Go(func() error { return s.admit(ctx) })

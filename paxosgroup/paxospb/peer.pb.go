@@ -24,14 +24,17 @@ const (
 )
 
 type Hello struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	ClusterId     string                 `protobuf:"bytes,1,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
-	Sender        uint32                 `protobuf:"varint,2,opt,name=sender,proto3" json:"sender,omitempty"`     // replica id
-	Receiver      uint32                 `protobuf:"varint,3,opt,name=receiver,proto3" json:"receiver,omitempty"` // replica id
-	Version       uint32                 `protobuf:"varint,4,opt,name=version,proto3" json:"version,omitempty"`
-	Bulk          bool                   `protobuf:"varint,5,opt,name=bulk,proto3" json:"bulk,omitempty"` // the stream is for what may wait: chosen entries for one that catches up, large promises
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	ClusterId       string                 `protobuf:"bytes,1,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	Sender          uint32                 `protobuf:"varint,2,opt,name=sender,proto3" json:"sender,omitempty"`     // replica id
+	Receiver        uint32                 `protobuf:"varint,3,opt,name=receiver,proto3" json:"receiver,omitempty"` // replica id
+	Version         uint32                 `protobuf:"varint,4,opt,name=version,proto3" json:"version,omitempty"`
+	Bulk            bool                   `protobuf:"varint,5,opt,name=bulk,proto3" json:"bulk,omitempty"`                                                // the stream is for what may wait: chosen entries for one that catches up, large promises
+	Start           uint64                 `protobuf:"varint,6,opt,name=start,proto3" json:"start,omitempty"`                                              // which start of the sender this is, as its disk counts
+	Nonces          []uint64               `protobuf:"fixed64,7,rep,packed,name=nonces,proto3" json:"nonces,omitempty"`                                    // of that start and those before it, the newest first
+	LeaseDurationNs int64                  `protobuf:"varint,8,opt,name=lease_duration_ns,json=leaseDurationNs,proto3" json:"lease_duration_ns,omitempty"` // as configured there; 0: not told
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *Hello) Reset() {
@@ -97,6 +100,27 @@ func (x *Hello) GetBulk() bool {
 		return x.Bulk
 	}
 	return false
+}
+
+func (x *Hello) GetStart() uint64 {
+	if x != nil {
+		return x.Start
+	}
+	return 0
+}
+
+func (x *Hello) GetNonces() []uint64 {
+	if x != nil {
+		return x.Nonces
+	}
+	return nil
+}
+
+func (x *Hello) GetLeaseDurationNs() int64 {
+	if x != nil {
+		return x.LeaseDurationNs
+	}
+	return 0
 }
 
 type Frame struct {
@@ -662,14 +686,17 @@ var File_peer_proto protoreflect.FileDescriptor
 const file_peer_proto_rawDesc = "" +
 	"\n" +
 	"\n" +
-	"peer.proto\x12\x10quorate.paxos.v1\"\x88\x01\n" +
+	"peer.proto\x12\x10quorate.paxos.v1\"\xe2\x01\n" +
 	"\x05Hello\x12\x1d\n" +
 	"\n" +
 	"cluster_id\x18\x01 \x01(\tR\tclusterId\x12\x16\n" +
 	"\x06sender\x18\x02 \x01(\rR\x06sender\x12\x1a\n" +
 	"\breceiver\x18\x03 \x01(\rR\breceiver\x12\x18\n" +
 	"\aversion\x18\x04 \x01(\rR\aversion\x12\x12\n" +
-	"\x04bulk\x18\x05 \x01(\bR\x04bulk\"r\n" +
+	"\x04bulk\x18\x05 \x01(\bR\x04bulk\x12\x14\n" +
+	"\x05start\x18\x06 \x01(\x04R\x05start\x12\x16\n" +
+	"\x06nonces\x18\a \x03(\x06R\x06nonces\x12*\n" +
+	"\x11lease_duration_ns\x18\b \x01(\x03R\x0fleaseDurationNs\"r\n" +
 	"\x05Frame\x12-\n" +
 	"\x05hello\x18\x01 \x01(\v2\x17.quorate.paxos.v1.HelloR\x05hello\x12:\n" +
 	"\bmessages\x18\x02 \x03(\v2\x1e.quorate.paxos.v1.GroupMessageR\bmessages\"6\n" +

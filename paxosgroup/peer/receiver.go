@@ -1,6 +1,7 @@
 package peer
 
 import (
+	"errors"
 	"fmt"
 	"sync"
 	"time"
@@ -63,9 +64,7 @@ func (s *server) Messages(stream paxospb.Peer_MessagesServer) error {
 		case <-t.stopping:
 			return status.Error(codes.Unavailable, errStopping.Error())
 		case from := <-welcome:
-			reply.Hello = &paxospb.Hello{
-				ClusterId: t.cfg.ClusterID, Sender: uint32(t.cfg.Self), Receiver: uint32(from), Version: protocolVersion,
-			}
+			reply.Hello = t.hello(from)
 			if err := stream.Send(reply); err != nil {
 				return err
 			}
@@ -86,6 +85,13 @@ func (t *Transport) receive(stream paxospb.Peer_MessagesServer, r *receiver, idl
 	}
 	if err := t.checkHello(f.hello); err != nil {
 		t.cfg.Logger.Warn("refused a peer", "err", err)
+		return status.Error(codes.FailedPrecondition, err.Error())
+	}
+	if err := t.meet(f.hello); err != nil {
+		t.cfg.Logger.Warn("refused a peer", "err", err)
+		if errors.Is(err, ErrSuperseded) {
+			return status.Error(codes.DataLoss, err.Error())
+		}
 		return status.Error(codes.FailedPrecondition, err.Error())
 	}
 	from := paxosgroup.ReplicaID(f.hello.GetSender())

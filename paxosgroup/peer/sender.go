@@ -238,8 +238,14 @@ func (s *sender) run(ctx context.Context) {
 		if established {
 			backoff, logged = reconnectMin, ""
 		}
-		if status.Code(err) == codes.FailedPrecondition {
+		switch status.Code(err) {
+		case codes.FailedPrecondition:
 			backoff = refusedBackoff
+		case codes.DataLoss:
+			backoff = refusedBackoff
+			if told := s.transport.cfg.Superseded; told != nil {
+				told(s.id, status.Convert(err).Message())
+			}
 		}
 		if text := err.Error(); text != logged {
 			// Once for each cause, not for each attempt.
@@ -285,9 +291,8 @@ func (s *sender) stream(ctx context.Context, established func()) error {
 	if err != nil {
 		return because(err)
 	}
-	f := &frame{hello: &paxospb.Hello{
-		ClusterId: cfg.ClusterID, Sender: uint32(cfg.Self), Receiver: uint32(s.id), Version: protocolVersion, Bulk: s.bulk,
-	}}
+	f := &frame{hello: s.transport.hello(s.id)}
+	f.hello.Bulk = s.bulk
 	// An error in sending is io.EOF: receiving tells why.
 	_ = stream.SendMsg(f)
 	reply, err := stream.Recv()
@@ -297,6 +302,9 @@ func (s *sender) stream(ctx context.Context, established func()) error {
 	if h := reply.GetHello(); h.GetClusterId() != cfg.ClusterID || h.GetSender() != uint32(s.id) || h.GetVersion() != protocolVersion {
 		return status.Errorf(codes.FailedPrecondition, "expected replica %d of cluster %q in protocol version %d, but replica %d of cluster %q in version %d answered: mend the address or the cluster id",
 			s.id, cfg.ClusterID, protocolVersion, h.GetSender(), h.GetClusterId(), h.GetVersion())
+	}
+	if err := s.transport.meet(reply.GetHello()); err != nil {
+		return status.Error(codes.FailedPrecondition, err.Error())
 	}
 	watchdog.Reset(deadAfter)
 	s.setStream(stream, new(tracker))

@@ -35,6 +35,18 @@ type Config struct {
 	Deliver func(from paxosgroup.ReplicaID, batch []GroupMessage)
 	Logger  *slog.Logger // nil discards
 
+	// Life is this start of the replica.
+	Life Life
+	// Meet, if set, is told the life of each peer before its hello is answered, and
+	// after it answered ours, and refuses it by an error. It must have kept durably
+	// what it accepted when it returns. It may be called from several goroutines.
+	Meet func(from paxosgroup.ReplicaID, life Life) error
+	// Superseded, if set, is called when a peer refuses this life of the replica.
+	// From then on nothing this replica holds may count. It must not block.
+	Superseded func(by paxosgroup.ReplicaID, why string)
+	// LeaseDuration is refused in a peer if it is another there; 0: not looked at.
+	LeaseDuration time.Duration
+
 	Credentials      credentials.TransportCredentials // nil: plain text
 	QueueMessagesMax int                              // a peer's; 0 means 65536
 	QueueBytesMax    int                              // a peer's; 0 means 64 MiB

@@ -19,6 +19,7 @@ type logState struct {
 	Durable  uint64 `json:"durable"`
 	LogBytes uint64 `json:"log_bytes"`
 	Incarn   string `json:"incarnation"`
+	Replica  uint32 `json:"replica_id"`
 }
 
 func (c *Cluster) logs() map[string]logState {

@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -29,6 +30,52 @@ func TestOperations(t *testing.T) {
 	c.scenario(t, "connections_stay_local", connectionsStayLocal)
 	c.scenario(t, "large_transaction", largeTransaction)
 	c.scenario(t, "seed_killed_half_way", seedKilledHalfWay)
+	c.scenario(t, "rolled_back_data_dir", rolledBackDataDir)
+}
+
+// A data_dir that is put back to an earlier state is recognised by the other
+// regions: the replica stops, and the region joins as a new one by itself.
+func rolledBackDataDir(t *testing.T, c *Cluster) {
+	leader := c.Leader()
+	c.Exec(leader, "CREATE TABLE rolled (id int PRIMARY KEY)", "INSERT INTO rolled SELECT generate_series(1, 100)")
+	c.AwaitEqual()
+	region := c.other(leader)
+	data, copied := c.Region(region).DataDirs["sidecar"], filepath.Join(c.Dir, "copied")
+	c.KillNow(region, sandbox.Sidecar)
+	if out, err := exec.Command("cp", "-a", data, copied).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	before := c.logs()[region].Replica
+	c.StartAgain(region)
+	c.Exec(leader, "INSERT INTO rolled SELECT generate_series(101, 200)")
+	c.AwaitEqual()
+	before = max(before, c.logs()[region].Replica)
+	c.KillNow(region, sandbox.Sidecar)
+	if err := os.RemoveAll(data); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(copied, data); err != nil {
+		t.Fatal(err)
+	}
+	c.StartAgain(region)
+	c.Eventually(time.Minute, region+" to be a new replica", func(context.Context) error {
+		if now := c.logs()[region].Replica; now <= before {
+			return fmt.Errorf("it is replica %d", now)
+		}
+		return nil
+	})
+	c.Exec(c.Leader(), "INSERT INTO rolled SELECT generate_series(201, 300)")
+	c.AwaitEqual()
+	c.Eventually(time.Minute, "the new replica to vote", func(context.Context) error {
+		if out := c.ctl("member", "list"); strings.Contains(out, "learner") {
+			return errors.New(out)
+		}
+		return nil
+	})
+	log, err := os.ReadFile(filepath.Join(c.Region(region).LogDir, "quorate.log"))
+	if err != nil || !strings.Contains(string(log), "was put back to an earlier state") {
+		t.Errorf("its log does not say why (%v)", err)
+	}
 }
 
 // The ways around the fence that ordinary tools take, at the level of the whole:
