@@ -64,7 +64,7 @@ type span struct{ first, last Slot }
 const (
 	flowGain            = 2
 	flowSlack           = 50 * time.Millisecond
-	flowStall           = 100 * time.Millisecond
+	flowStall           = 50 * time.Millisecond
 	flowStallRoundTrips = 4
 	flowFloorBytes      = 16 << 10
 	flowFloorSlots      = 64

@@ -1,6 +1,6 @@
 // Package relay stands for the network between the regions of a sandbox: TCP
 // relays that give each direction of a connection its share of a real round
-// trip, and that can be cut. The product itself holds no delay and no fault.
+// trip, and that can be slowed and cut. The product itself holds no delay and no fault.
 //
 // What a Wire, the connection of two regions, does to a Relay on it:
 //
@@ -12,6 +12,9 @@
 //     milliseconds when a process is idle, which at 12 ms is an error of 8 %.
 //   - A direction holds at most lineBytesMax; beyond it nothing is read, and
 //     the sender feels it as it would a full window.
+//   - With a rate, so many bytes a second pass in each direction, of all
+//     connections over the wire together. What waits fills the kernel's buffers
+//     and, with a delay, the delay line.
 //   - Cut, a wire is silent: nothing arrives, nothing is refused, and neither
 //     end is told. A new connection is taken and hears nothing. When the wire
 //     is mended, what was held arrives one way later, and so do endings that

@@ -188,7 +188,12 @@ func (l *link) read(from *net.TCPConn, into []byte) (int, error) {
 // when that side takes no more.
 func (l *link) write(to *net.TCPConn, bytes []byte) bool {
 	wire := l.relay.wire
+	pace := &wire.pace[0]
+	if to == l.near {
+		pace = &wire.pace[1]
+	}
 	for len(bytes) > 0 {
+		allowed := pace.allow(len(bytes), l.relay.done)
 		if !wire.await(l.relay.done) {
 			return false
 		}
@@ -197,7 +202,7 @@ func (l *link) write(to *net.TCPConn, bytes []byte) bool {
 			wire.writing.RUnlock()
 			continue
 		}
-		n, err := to.Write(bytes)
+		n, err := to.Write(bytes[:allowed])
 		wire.writing.RUnlock()
 		bytes = bytes[n:]
 		if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {

@@ -453,3 +453,35 @@ func TestCloseLeavesNothing(t *testing.T) {
 		}
 	}
 }
+
+func TestRateIsThatOfTheWire(t *testing.T) {
+	wire := NewWire(0)
+	address := open(t, serve(t, echo), wire).Addr()
+	wire.SetRate(100_000)
+	began := time.Now()
+	for range 2 { // connections, which share it
+		c := dial(t, address)
+		go c.Write(make([]byte, 10_000))
+		t.Cleanup(func() { c.Close() })
+		defer io.ReadFull(c, make([]byte, 10_000))
+	}
+	c := dial(t, address)
+	if _, err := c.Write(make([]byte, 20_000)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(c, make([]byte, 20_000)); err != nil {
+		t.Fatal(err)
+	}
+	if took := time.Since(began); took < 200*time.Millisecond {
+		t.Errorf("20000 of 40000 bytes took %v at 100000 a second", took)
+	}
+	wire.SetRate(0)
+	began = time.Now()
+	go c.Write(make([]byte, 500_000))
+	if _, err := io.ReadFull(c, make([]byte, 500_000)); err != nil {
+		t.Fatal(err)
+	}
+	if took := time.Since(began); took > 3*time.Second {
+		t.Errorf("500000 bytes took %v without a limit", took)
+	}
+}

@@ -14,6 +14,8 @@ type Wire struct {
 	// while the wire is cut or mended.
 	writing sync.RWMutex
 
+	pace [2]pace // of what comes from the callers' side, and from the targets'
+
 	mu       sync.Mutex    // taken after writing, if both
 	whole    chan struct{} // closed while the wire is not cut
 	cut      bool
@@ -30,6 +32,64 @@ func NewWire(oneWay time.Duration) *Wire {
 
 // RoundTrip returns the delay there and back.
 func (w *Wire) RoundTrip() time.Duration { return 2 * w.oneWay }
+
+// SetRate limits the wire to so many bytes a second in each direction, all its
+// connections together; 0 is no limit. What was being held back is let go at the
+// new rate.
+func (w *Wire) SetRate(bytesPerSecond int64) {
+	for i := range w.pace {
+		w.pace[i].set(bytesPerSecond)
+	}
+}
+
+// pace shares out the rate of one direction.
+type pace struct {
+	mu      sync.Mutex
+	rate    int64     // bytes per second; 0: no limit
+	free    time.Time // when what was let through so far is through
+	changed chan struct{}
+}
+
+// pacedBytesMax is how much is let through at a time.
+const pacedBytesMax = 1400
+
+func (p *pace) set(rate int64) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.rate, p.free = rate, time.Time{}
+	if p.changed != nil {
+		close(p.changed)
+	}
+	p.changed = make(chan struct{})
+}
+
+// allow returns how many of count bytes may be written, when their turn has come.
+func (p *pace) allow(count int, done <-chan struct{}) int {
+	p.mu.Lock()
+	if p.rate == 0 {
+		p.mu.Unlock()
+		return count
+	}
+	count = min(count, pacedBytesMax)
+	now := time.Now()
+	if p.free.Before(now) {
+		p.free = now
+	}
+	turn := p.free
+	p.free = turn.Add(time.Duration(int64(count) * int64(time.Second) / p.rate))
+	changed := p.changed
+	p.mu.Unlock()
+	if wait := turn.Sub(now); wait > 0 {
+		timer := time.NewTimer(wait)
+		defer timer.Stop()
+		select {
+		case <-timer.C:
+		case <-changed:
+		case <-done:
+		}
+	}
+	return count
+}
 
 // IsCut reports whether the wire is cut.
 func (w *Wire) IsCut() bool {
