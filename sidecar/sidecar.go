@@ -288,7 +288,7 @@ func takePart(ctx context.Context, cfg *config.Config, id identity, member *memb
 				HeartbeatInterval: cfg.Consensus.HeartbeatInterval, ElectionTimeoutMin: cfg.Consensus.ElectionTimeoutMin,
 				LeaseDuration: cfg.Consensus.LeaseDuration, ClockDriftPPMMax: cfg.Consensus.ClockDriftPPMMax,
 				WindowSlotsMax: cfg.Consensus.WindowSlotsMax, WindowBytesMax: int(cfg.Consensus.WindowBytesMax),
-				PreferredRegion: cfg.PreferredLeader, Seed: uint64(newIncarnation()),
+				PreferredRegion: cfg.PreferredLeader, HandBack: cfg.LeaderHandBack, Seed: uint64(newIncarnation()),
 			},
 			Bootstrap: first, // of no account once the log holds a base
 		}},
@@ -344,6 +344,9 @@ func takePart(ctx context.Context, cfg *config.Config, id identity, member *memb
 	g.Go(func() error { return followMembership(ctx, cfg, group, transport) })
 	g.Go(func() error { return s.admit(ctx) })
 	g.Go(func() error { return s.makeSpans(ctx) })
+	if cfg.LeaderHandBack {
+		g.Go(func() error { return s.handBack(ctx) })
+	}
 	if db == nil {
 		g.Go(func() error { return s.witness(ctx) })
 	} else {

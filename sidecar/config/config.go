@@ -23,9 +23,14 @@ type Config struct {
 	// as seen from here.
 	Regions []Region `yaml:"regions"`
 	// PreferredLeader names the region that the others let go first at an
-	// election; empty prefers none. Leadership that another region has is not
-	// taken back from it.
+	// election; empty prefers none. Leadership that another region has is taken
+	// back from it only if leader_hand_back says so.
 	PreferredLeader string `yaml:"preferred_leader"`
+	// LeaderHandBack has a region that leads in the place of preferred_leader hand
+	// leadership back to it, as a planned transfer, once both have been well for
+	// four leases; more and more seldom if the preferred region does not keep it.
+	// It is to be the same in every region.
+	LeaderHandBack bool `yaml:"leader_hand_back"`
 	// DurabilityRegions states how many regions may be lost for good without the
 	// loss of an acknowledged commit, where kinds and quorums give less than a
 	// minority of the voters: without it they are refused. -1: not stated. It must

@@ -67,7 +67,7 @@ func TestEverySetting(t *testing.T) {
 			{Name: "d", Peer: "h4:1", Kind: KindVoter, NATSRoute: "h4:2"},
 			{Name: "e", Peer: "h5:1", Kind: KindLearner, NATSRoute: "h5:2"},
 		},
-		PreferredLeader: "a", DurabilityRegions: 1,
+		PreferredLeader: "a", LeaderHandBack: true, DurabilityRegions: 1,
 		Consensus: Consensus{HeartbeatInterval: 50 * time.Millisecond, ElectionTimeoutMin: 700 * time.Millisecond, LeaseDuration: 900 * time.Millisecond,
 			ClockDriftPPMMax: 7, WindowSlotsMax: 99, WindowBytesMax: 5 << 20, Phase1Quorum: 3, Phase2Quorum: 2},
 		Log:            Log{Dir: "/l", SegmentBytes: 3 << 20, KeepBytes: 5 << 20, MaxBytes: 99 << 20},

@@ -189,6 +189,9 @@ func (d *decoder) regions(c Config) {
 		d.report("region", "%q is not listed in regions", c.Region)
 	}
 	if i, ok := names[c.PreferredLeader]; c.PreferredLeader == "" {
+		if c.LeaderHandBack {
+			d.report("leader_hand_back", "names no region by itself: set preferred_leader, or leave it out")
+		}
 	} else if !ok {
 		d.report("preferred_leader", "%q is not listed in regions", c.PreferredLeader)
 	} else if kind := c.Regions[i].Kind; kind == KindWitness || kind == KindLearner {
