@@ -165,6 +165,12 @@ var exhaustive = []bounds{
 	{name: "two elections, a crash", candidates: []int{1, 2}, elections: 2, crashes: 1},
 	{name: "phase 1 of three, phase 2 of one", phase1: 3, phase2: 1, candidates: []int{1, 2}, elections: 2, proposals: 1},
 	{name: "phase 1 of one, phase 2 of three", phase1: 1, phase2: 3, candidates: []int{1, 2}, elections: 2, proposals: 1},
+	{name: "a joint change of quorums", candidates: []int{1, 2}, elections: 2, changes: []func(Membership) Membership{
+		func(m Membership) Membership { m.Phase1, m.Phase2 = 3, 1; return m },
+	}},
+	{name: "a joint change of members", candidates: []int{1, 2}, elections: 2, changes: []func(Membership) Membership{
+		func(m Membership) Membership { m.Members = m.Members[1:]; return m },
+	}},
 	{name: "all at once", candidates: []int{1, 2, 3}, elections: 2, proposals: 2, crashes: 1, repeats: 1, refusals: true, impatient: true},
 }
 
