@@ -25,6 +25,7 @@ type cluster struct {
 	nodes     []*node
 	addresses map[paxosgroup.ReplicaID]string
 	configure func(*GroupConfig)
+	between   func(paxosgroup.ReplicaID, Log) Log
 }
 
 // node is one replica of every group.
@@ -41,7 +42,13 @@ type node struct {
 
 func startCluster(t testing.TB, replicas, groups int, configure func(*GroupConfig)) *cluster {
 	t.Helper()
-	c := &cluster{t: t, dir: t.TempDir(), groups: groups, configure: configure, addresses: make(map[paxosgroup.ReplicaID]string)}
+	return startClusterOn(t, replicas, groups, configure, nil)
+}
+
+// startClusterOn puts something between each runner and its log.
+func startClusterOn(t testing.TB, replicas, groups int, configure func(*GroupConfig), between func(paxosgroup.ReplicaID, Log) Log) *cluster {
+	t.Helper()
+	c := &cluster{between: between, t: t, dir: t.TempDir(), groups: groups, configure: configure, addresses: make(map[paxosgroup.ReplicaID]string)}
 	listeners := make([]net.Listener, replicas)
 	for i := range replicas {
 		listeners[i] = listen(t)
@@ -116,6 +123,9 @@ func (c *cluster) startOn(i int, listener net.Listener) {
 		c.t.Fatal(err)
 	}
 	cfg := Config{Log: log, Restored: restored, Transport: n.transport}
+	if c.between != nil {
+		cfg.Log = c.between(n.id, log)
+	}
 	for g := range c.groups {
 		cfg.Groups = append(cfg.Groups, c.groupConfig(paxosgroup.GroupID(g+1), n.id))
 	}

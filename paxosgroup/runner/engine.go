@@ -29,6 +29,13 @@ type Log interface {
 	Group(g paxosgroup.GroupID) paxosgroup.Storage
 }
 
+// finite is a Log that may run out of room.
+type finite interface {
+	// Full reports whether there is no room for the log to grow. It ends by
+	// itself.
+	Full() bool
+}
+
 // Config says what an engine drives.
 type Config struct {
 	Log       Log
@@ -109,6 +116,7 @@ type Engine struct {
 	done    []done
 	withLog atomic.Int64 // Appends that were not called back yet, or not heard of
 	failure error
+	full    bool // the log is
 	stats   Stats
 
 	// A Runner's: none of them changes what the engine does.
@@ -192,6 +200,7 @@ func (e *Engine) Groups() []*EngineGroup { return e.order }
 // Deliver takes messages from a peer.
 func (e *Engine) Deliver(now paxosgroup.Instant, _ paxosgroup.ReplicaID, batch []peer.GroupMessage) {
 	e.payDone(now) // others wait for what the disk has done
+	e.lookForRoom(now)
 	for i := range batch {
 		if batch[i].Group == 0 && e.beats != nil {
 			e.cfg.Transport.Send(0, e.beats.Step(now, batch[i].Message))
@@ -200,6 +209,10 @@ func (e *Engine) Deliver(now paxosgroup.Instant, _ paxosgroup.ReplicaID, batch [
 		g := e.groups[batch[i].Group]
 		if g == nil {
 			e.stats.Unknown++
+			continue
+		}
+		if e.full && grows(batch[i].Message.Kind) {
+			e.stats.Unstored++
 			continue
 		}
 		if err := g.core.Step(now, batch[i].Message); err != nil {
@@ -232,6 +245,7 @@ func (e *Engine) Step(now paxosgroup.Instant) error {
 	if e.failure != nil {
 		return e.failure
 	}
+	e.lookForRoom(now)
 	e.beat(now)
 	for len(e.due) > 0 && e.due[0].deadline <= now {
 		g := e.due[0]
@@ -254,6 +268,44 @@ func (e *Engine) Step(now paxosgroup.Instant) error {
 	e.dirty = e.dirty[:rest]
 	e.woken()
 	return nil
+}
+
+// grows reports whether a message has its receiver write what may be put off:
+// its sender repeats it, or asks another.
+func grows(k paxosgroup.MessageKind) bool {
+	switch k {
+	case paxosgroup.MsgPrepare, paxosgroup.MsgAccept, paxosgroup.MsgLearn, paxosgroup.MsgTimeoutNow:
+		return true
+	}
+	return false
+}
+
+// lookForRoom stops what makes the log grow while there is no room for it, and
+// lets it go on when there is. What is left of the log is for what is on its way,
+// and for bases, which free room. What is chosen can be read and fetched all the
+// time; a replica with a full log leads nothing, since it could not accept what it
+// proposes, and another that can takes over.
+func (e *Engine) lookForRoom(now paxosgroup.Instant) {
+	l, ok := e.cfg.Log.(finite)
+	if !ok {
+		return
+	}
+	full := l.Full()
+	if full == e.full {
+		return
+	}
+	e.full = full
+	if full {
+		e.cfg.Logger.Error("the disk of the log is full: nothing is proposed, accepted or promised until there is room; free some")
+	} else {
+		e.cfg.Logger.Info("the log has room again")
+	}
+	for _, g := range e.order {
+		g.SetElectable(g.electable)
+		if full {
+			g.Resign(now)
+		}
+	}
 }
 
 // payDone does what waited for the disk, in order.

@@ -30,6 +30,7 @@ type EngineGroup struct {
 	// flushed. While there are any, every AfterSync goes by way of the log.
 	unflushed int
 	failure   error // of the log; nothing is paid from then on
+	electable bool  // as far as the database goes
 	proposals proposals
 	reads     map[uint64]func(paxosgroup.Slot, error) // that wait; nil if none do
 	readID    uint64
@@ -68,6 +69,7 @@ func (e *Engine) newGroup(now paxosgroup.Instant, gc GroupConfig, guard sync.Loc
 	}
 	g := &EngineGroup{
 		engine:    e,
+		electable: true,
 		id:        id,
 		storage:   e.cfg.Log.Group(id),
 		lease:     gc.Core.LeaseDuration,
@@ -328,7 +330,11 @@ func (g *EngineGroup) BaseAt(slot paxosgroup.Slot) (paxosgroup.Base, error) {
 }
 
 // SetElectable says whether the database could lead; see paxosgroup.
-func (g *EngineGroup) SetElectable(ok bool) { g.core.SetElectable(ok); g.engine.touch(g) }
+func (g *EngineGroup) SetElectable(ok bool) {
+	g.electable = ok
+	g.core.SetElectable(ok && !g.engine.full)
+	g.engine.touch(g)
+}
 
 // SetIncarnation sets what goes into openings.
 func (g *EngineGroup) SetIncarnation(i paxosgroup.Incarnation) { g.core.SetIncarnation(i) }

@@ -83,6 +83,10 @@ func (p *Proposal) reject(err error) {
 // ErrBusy says that as many proposals wait for room as may.
 var ErrBusy = errors.New("too many proposals wait already")
 
+// ErrFull says that the log has no room for more. This replica has given up
+// leadership, so that it comes with a *NotLeaderError.
+var ErrFull = errors.New("the disk of the log is full (free some: it goes on by itself when there is room)")
+
 // ErrUnknownOutcome says that a proposal was made and it is not known what
 // became of it: it may be effective, now or later, or never.
 var ErrUnknownOutcome = errors.New("it is not known whether the entry is or becomes effective")
@@ -255,6 +259,10 @@ func (g *EngineGroup) take(now paxosgroup.Instant, p *Proposal) (paxosgroup.Ball
 		p.Slot = g.recent.find(p.Session, p.Sequence)
 		return paxosgroup.Ballot{}, 0, nil
 	}
+	if g.engine.full {
+		b := g.core.Brief()
+		return b.Ballot, 0, fmt.Errorf("%w: %w", ErrFull, &NotLeaderError{Leader: b.Leader, Ballot: b.Ballot})
+	}
 	term, number, err := g.core.ProposeOnce(now, p.Session, p.Sequence, p.Payload)
 	return term, number, g.notLeader(err)
 }
@@ -288,7 +296,7 @@ var proposalPool = sync.Pool{New: func() any {
 // the leader's term. It waits for room in the window, in order of arrival. That
 // the entry is proposed says nothing of its being chosen: read the log for that.
 // An error means that it was not proposed: a *NotLeaderError, ErrBusy,
-// ErrStopped or the end of ctx. The payload must not be changed afterwards.
+// ErrFull, ErrStopped or the end of ctx. The payload must not be changed afterwards.
 func (g *Group) Propose(ctx context.Context, payload []byte) (term paxosgroup.Ballot, number uint64, err error) {
 	return g.proposeIn(ctx, paxosgroup.Ballot{}, payload)
 }

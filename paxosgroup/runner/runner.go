@@ -44,6 +44,7 @@ type Stats struct {
 	Refused     uint64 // messages that a core would not take
 	Batches     uint64 // sets of records handed to the log that needed a flush
 	Delivered   uint64 // entries
+	Unstored    uint64 // messages not taken because the log was full
 	MissedTimes uint64 // the wall clock was found ahead of the boot clock
 }
 
@@ -482,6 +483,11 @@ func (r *Runner) stop() {
 type tracedLog struct {
 	Log
 	runner *Runner
+}
+
+func (l tracedLog) Full() bool {
+	f, ok := l.Log.(finite)
+	return ok && f.Full()
 }
 
 func (l tracedLog) Append(g paxosgroup.GroupID, recs []paxosgroup.Record, durable func(error)) {
