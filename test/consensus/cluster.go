@@ -41,8 +41,9 @@ type process struct {
 	mu    sync.Mutex // one command at a time
 }
 
-// startCluster starts the replicas, with oneWay of delay between any two.
-func startCluster(dir, contender string, oneWay time.Duration, groups int) (c *cluster, err error) {
+// startCluster starts the replicas, with oneWay of delay between any two. Over a
+// wire, if one is given, the first and the last reach each other.
+func startCluster(dir, contender string, oneWay time.Duration, groups int, over ...*relay.Wire) (c *cluster, err error) {
 	c = &cluster{contender: contender, groups: max(groups, 1)}
 	defer func() {
 		if err != nil {
@@ -71,8 +72,13 @@ func startCluster(dir, contender string, oneWay time.Duration, groups int) (c *c
 		}
 		for j := range replicas {
 			address := addresses[j]
-			if oneWay > 0 && j != i {
-				r, err := relay.Listen("127.0.0.1:0", address, relay.NewWire(oneWay))
+			wire := relay.NewWire(oneWay)
+			slowable := len(over) > 0 && i != j && (i+j == replicas-1) && (i == 0 || j == 0)
+			if slowable {
+				wire = over[0]
+			}
+			if oneWay > 0 && j != i || slowable {
+				r, err := relay.Listen("127.0.0.1:0", address, wire)
 				if err != nil {
 					return nil, err
 				}
