@@ -24,7 +24,9 @@ func (e *Engine) share(g *EngineGroup) error {
 	}
 	id := g.core.ID()
 	if e.beats == nil {
-		e.beats = paxosgroup.NewBeats(id, e.cfg.Life, g.beat)
+		// Six to a lease: a group at rest need not notice a lost leader before
+		// its lease is over, and each beat wakes ten goroutines.
+		e.beats = paxosgroup.NewBeats(id, e.cfg.Life, max(g.beat, g.lease/6))
 	}
 	if first := e.order[0].core.ID(); first != id {
 		return fmt.Errorf("runner: group %d is to be run by replica %d in the process of replica %d", g.id, id, first)
