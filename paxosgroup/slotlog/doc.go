@@ -65,6 +65,12 @@
 // four of the oldest segments hold together less in use than a quarter of one,
 // because of groups that are idle, those records are written once more at the end.
 //
+// # Start
+//
+// A start reads every segment once, judges the chosen entries on the way
+// (Restored.Judged) and keeps no payload of them. It took 1.2 s for each GiB from
+// the page cache on a loaded machine of two cores: go test -bench Recovery.
+//
 // # Format, version 2
 //
 // Numbers are little-endian. A directory holds LOCK, segments named by their
