@@ -405,3 +405,8 @@ func (g *EngineGroup) Brief() paxosgroup.Brief { return g.core.Brief() }
 
 // LeaseUntil is Status().LeaseUntil, without the cost of a Status.
 func (g *EngineGroup) LeaseUntil() paxosgroup.Instant { return g.core.LeaseUntil() }
+
+// LeaseRead is Replica.LeaseRead.
+func (g *EngineGroup) LeaseRead(now paxosgroup.Instant) (paxosgroup.Slot, bool) {
+	return g.core.LeaseRead(now)
+}

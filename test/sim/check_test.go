@@ -49,7 +49,7 @@ func (c *groupCheck) fail(format string, args ...any) {
 
 func sameEntry(a, b paxosgroup.Entry) bool {
 	return a.Kind == b.Kind && a.Term == b.Term && a.Number == b.Number && a.Region == b.Region &&
-		a.Incarnation == b.Incarnation && bytes.Equal(a.Payload, b.Payload)
+		a.Incarnation == b.Incarnation && a.Session == b.Session && a.Sequence == b.Sequence && bytes.Equal(a.Payload, b.Payload)
 }
 
 // observe looks at what a host's process shows of the group after it did something.
@@ -224,6 +224,14 @@ func (c *groupCheck) status(h *host, g *runner.EngineGroup, v *view) {
 	v.promised = s.Promised
 	if s.Role != paxosgroup.Leader {
 		return
+	}
+	if to := s.HandBackDue; to != 0 { // as the sidecar does
+		life := h.life
+		c.w.after(0, func() {
+			if h.life == life && h.up() {
+				h.turn(func(now paxosgroup.Instant) { g.Transfer(now, to) }) // refused: asked again
+			}
+		})
 	}
 	if s.LastSlot > s.Chosen+8*windowSlots {
 		c.fail("leader %d has proposed up to slot %d, chosen up to %d", h.id, s.LastSlot, s.Chosen)

@@ -111,7 +111,7 @@ func (h *host) start() {
 		w.fail("host %d does not come up: %w", h.id, err)
 		return
 	}
-	cfg := runner.Config{Log: keeper{h, log}, Restored: restored, Transport: postman{h}}
+	cfg := runner.Config{Log: keeper{h, log}, Restored: restored, Transport: postman{h}, Life: h.beatLife()}
 	for _, c := range w.groups {
 		core := paxosgroup.Config{
 			Group: c.id, ID: h.id, Region: h.region, Seed: w.rng.Uint64(),
@@ -139,6 +139,15 @@ func (h *host) start() {
 		h.group(c.id).SetIncarnation(paxosgroup.Incarnation(uint64(h.id)<<32 + uint64(h.life)))
 	}
 	h.turn(func(paxosgroup.Instant) {})
+}
+
+// beatLife is the number of this life that shared heartbeats carry; 0 in a world
+// where each group sends its own.
+func (h *host) beatLife() uint64 {
+	if !h.w.shared {
+		return 0
+	}
+	return h.w.rng.Uint64() | 1
 }
 
 // end ends the process; what it wrote is there, flushed or not.

@@ -18,6 +18,8 @@ type plan struct {
 	groups    int
 	clients   int // of each group
 	preferred string
+	shared    bool // heartbeats
+	handBack  bool
 	ppmMax    int64
 	loss      float64
 	repeat    float64
@@ -43,8 +45,8 @@ func (f fault) String() string {
 }
 
 func (p plan) String() string {
-	out := fmt.Sprintf("members %s, %d groups, %d clients each, preferred %q, clocks within %d ppm\nloss %v, repeats %v, slow %v, delay up to %v, flush up to %v, bursts every %v, for %v",
-		showMembers(p.first), p.groups, p.clients, p.preferred, p.ppmMax, p.loss, p.repeat, p.slow, p.delayMax, p.flushMax, p.bulkEvery, p.chaos)
+	out := fmt.Sprintf("members %s, %d groups, %d clients each, preferred %q (hand back %v), shared beats %v, clocks within %d ppm\nloss %v, repeats %v, slow %v, delay up to %v, flush up to %v, bursts every %v, for %v",
+		showMembers(p.first), p.groups, p.clients, p.preferred, p.handBack, p.shared, p.ppmMax, p.loss, p.repeat, p.slow, p.delayMax, p.flushMax, p.bulkEvery, p.chaos)
 	for _, f := range p.faults {
 		out += "\n" + f.String()
 	}
@@ -93,6 +95,7 @@ func drawPlan(seed uint64) plan {
 	pick := func(of ...time.Duration) time.Duration { return of[rng.IntN(len(of))] }
 	p := plan{
 		seed: seed, first: voters(3 + rng.IntN(5)), groups: []int{1, 1, 2, 3}[rng.IntN(4)], clients: rng.IntN(4), ppmMax: 900, chaos: chaosFor,
+		shared: rng.IntN(3) > 0, handBack: rng.IntN(3) == 0,
 		preferred: []string{"", "r1", "r2"}[rng.IntN(3)],
 		loss:      []float64{0, 0.01, 0.05, 0.2}[rng.IntN(4)],
 		repeat:    []float64{0, 0.02, 0.1}[rng.IntN(3)],

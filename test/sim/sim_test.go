@@ -4,7 +4,9 @@ import (
 	"flag"
 	"fmt"
 	"maps"
+	"runtime"
 	"slices"
+	"sync"
 	"testing"
 	"time"
 
@@ -40,27 +42,23 @@ func TestSafetyUnderFaults(t *testing.T) {
 	}
 	total, steps, failed, seeds := map[string]int{}, 0, 0, 0
 	start := time.Now()
-	for seed := from; seed < from+uint64(n); seed++ {
-		p := drawPlan(seed)
-		r := runPlan(p)
+	runSeeds(from, n, func(seed uint64, r result) (goOn bool) {
 		seeds++
 		steps += r.steps
 		for k, v := range r.did {
 			total[k] += v
 		}
 		if r.err == nil {
-			continue
+			return true
 		}
 		failed++
 		t.Errorf("seed %d: %v\nreplay: go test ./test/sim -run '^%s$' -sim.seed=%d", seed, r.err, t.Name(), seed)
-		if *simShrink && (*simSeed != 0 || failed == 1) {
-			least, why := shrink(p, 60*time.Second)
+		if *simShrink && failed == 1 {
+			least, why := shrink(drawPlan(seed), 60*time.Second)
 			t.Logf("seed %d: the least that was found to fail: %v\n%v", seed, why, least)
 		}
-		if *simFirst || failed >= 5 {
-			break
-		}
-	}
+		return !*simFirst && failed < 5
+	})
 	var kinds []string
 	for _, k := range slices.Sorted(maps.Keys(total)) {
 		kinds = append(kinds, fmt.Sprintf("%s %d", k, total[k]))
@@ -85,15 +83,70 @@ func TestSafetyUnderFaults(t *testing.T) {
 	}
 }
 
+// runSeeds runs n worlds, as many at a time as there are processors, and hands
+// over what became of them one by one, in order of their seeds, until each does
+// not want to go on.
+func runSeeds(from uint64, n int, each func(uint64, result) bool) {
+	const ahead = 4096 // no world takes as long as so many others
+	results := make([]chan result, ahead)
+	for i := range results {
+		results[i] = make(chan result, 1)
+	}
+	seeds, stop := make(chan int), make(chan struct{})
+	var workers sync.WaitGroup
+	for range runtime.GOMAXPROCS(0) {
+		workers.Go(func() {
+			for i := range seeds {
+				results[i%ahead] <- runPlan(drawPlan(from + uint64(i)))
+			}
+		})
+	}
+	workers.Go(func() {
+		defer close(seeds)
+		for i := range n {
+			select {
+			case seeds <- i:
+			case <-stop:
+				return
+			}
+		}
+	})
+	for i := range n {
+		if !each(from+uint64(i), <-results[i%ahead]) {
+			break
+		}
+	}
+	close(stop)
+	// What was begun is ended and thrown away.
+	done := make(chan struct{})
+	go func() { workers.Wait(); close(done) }()
+	for {
+		for _, c := range results {
+			select {
+			case <-c:
+			default:
+			}
+		}
+		select {
+		case <-done:
+			return
+		case <-time.After(time.Millisecond):
+		}
+	}
+}
+
 // runPlan runs one world from its beginning to its end.
 func runPlan(p plan) (r result) {
-	w := newWorld(p.seed, p.first, p.groups, func(c *paxosgroup.Config) { c.PreferredRegion = p.preferred })
+	w := newWorld(p.seed, p.first, p.groups, func(c *paxosgroup.Config) {
+		c.PreferredRegion, c.HandBack = p.preferred, p.handBack
+	})
+	w.shared = p.shared
 	c := &chaos{w: w, plan: p}
 	defer func() {
 		if x := recover(); x != nil {
 			r.err = fmt.Errorf("panic: %v", x)
 			if *simSeed != 0 && !*simShrink {
-				panic(x)
+				panic(x) // to see where
 			}
 		}
 		if r.err != nil {

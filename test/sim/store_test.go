@@ -70,7 +70,8 @@ type client struct {
 	now     *operation
 	host    *host // that it waits at
 	life    int
-	slot    paxosgroup.Slot // a read's: to be applied before it is answered
+	slot    paxosgroup.Slot // a read's, with hasSlot: to be applied before it is answered
+	hasSlot bool
 	tries   int
 	stopped bool
 	history []*operation
@@ -85,10 +86,7 @@ type operation struct {
 	call, done time.Duration // done: 0 if it is not known
 }
 
-const (
-	clientPatience = 1500 * time.Millisecond
-	clientThinks   = 120 * time.Millisecond
-)
+const clientThinks = 120 * time.Millisecond
 
 func (w *world) addClient(c *groupCheck) *client {
 	cl := &client{w: w, check: c, id: len(w.clients) + 1}
@@ -131,7 +129,7 @@ func (cl *client) attempt(o *operation) {
 		cl.again(o)
 		return
 	}
-	cl.host, cl.life, cl.slot = h, h.life, 0
+	cl.host, cl.life, cl.hasSlot = h, h.life, false
 	if o.read {
 		h.turn(func(now paxosgroup.Instant) { cl.read(o, h, now) })
 	} else {
@@ -140,13 +138,8 @@ func (cl *client) attempt(o *operation) {
 	// Whoever hears nothing for long asks elsewhere.
 	tries := cl.tries
 	w.after(clientPatience, func() {
-		if cl.now != o || cl.tries != tries {
-			return
-		}
-		if o.read || sessions {
+		if cl.now == o && cl.tries == tries {
 			cl.attempt(o)
-		} else {
-			cl.giveUp(o)
 		}
 	})
 }
@@ -162,8 +155,9 @@ func (cl *client) giveUp(o *operation) {
 }
 
 func (cl *client) write(o *operation, h *host) {
-	p := &runner.Proposal{Payload: encodeWrite(o.id, o.key, o.value, cl.w.rng.IntN(100))}
-	setSession(p, o.id)
+	p := &runner.Proposal{
+		Payload: encodeWrite(o.id, o.key, o.value, cl.w.rng.IntN(100)), Session: o.id.session, Sequence: o.id.sequence,
+	}
 	tries := cl.tries
 	p.Answered = func(p *runner.Proposal) {
 		if p.Err == nil {
@@ -191,7 +185,7 @@ func (w *world) applied(h *host, c *groupCheck) {
 func (cl *client) look() {
 	o, delivered := cl.now, cl.host.view(cl.check.id).delivered
 	if o.read {
-		if cl.slot == 0 || delivered < cl.slot {
+		if !cl.hasSlot || delivered < cl.slot {
 			return
 		}
 		o.value = cl.check.kv.at(o.key, delivered)

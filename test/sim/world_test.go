@@ -37,6 +37,7 @@ type world struct {
 	drop         func(paxosgroup.Message) bool                 // a scenario's own
 	oneWay       func(a, b paxosgroup.ReplicaID) time.Duration // instead of delayMin to delayMax
 	clients      []*client
+	shared       bool // heartbeats are shared by all groups of two hosts
 	leaseUnsafe  bool // clocks are worse than what leases are made for
 
 	offers, sent, seeded, refused int
