@@ -20,6 +20,12 @@
 //   - An acceptor never votes with an empty memory: a sidecar without an
 //     identity takes part only when every region was seen empty at the
 //     cluster's making, and otherwise joins under a new replica id.
+//   - The log is cut only where this region's own database has it on disk, own
+//     entries included; in a region without one, where so many databases have
+//     that the losses which are to be survived leave one. What the learner knew
+//     where the log begins is durable before the cut.
+//   - A replica that a peer refuses for a later start of it stops, and never
+//     answers under its name again.
 //
 // Assumed: PostgreSQL flushes what it says it flushed; the clock that counts
 // boot time drifts less than the configured bound. Safety of writes needs no

@@ -64,6 +64,8 @@ func (c *Cluster) logDirBytes(region string) (n int64) {
 // a log goes on from one that was cut.
 func TestLogIsCut(t *testing.T) {
 	const mib = 1 << 20
+	begun := time.Now()
+	step := func(what string) { t.Logf("%v: %s", time.Since(begun).Round(time.Second), what) }
 	c := Start(t, Options{Regions: 4, Witnesses: []string{"r4"}, Settings: map[string]string{
 		"log.segment_bytes": "1MiB", "log.keep_bytes": "2MiB", "log.max_bytes": "5MiB",
 	}})
@@ -96,15 +98,16 @@ func TestLogIsCut(t *testing.T) {
 	// Under load: nobody is behind, and everywhere the log is cut. What the leader
 	// wrote in the last 20 s or so stays, since its server could hand it over again.
 	largest := int64(0)
-	for range 12 {
-		write(leader, 15)
+	for range 8 {
+		write(leader, 10)
 		for _, r := range c.Names {
 			largest = max(largest, c.logDirBytes(r))
 		}
 	}
 	c.Eventually(40*time.Second, "logs within their bound", func(context.Context) error {
-		write(leader, 1)
-		rows += 100
+		c.Exec(leader, "INSERT INTO t (v) SELECT repeat(md5(random()::text), 80) FROM generate_series(1, 10)")
+		rows += 10
+		time.Sleep(250 * time.Millisecond)
 		for _, r := range c.Names {
 			if n := c.logDirBytes(r); n > 10*mib {
 				return fmt.Errorf("that of %s takes %d MiB: %+v", r, n/mib, c.logs()[r])
@@ -112,8 +115,10 @@ func TestLogIsCut(t *testing.T) {
 		}
 		return nil
 	})
-	rows += 12 * 15 * 100
+	rows += 8 * 10 * 100
 	t.Logf("the largest log took %.1f MiB while %d MiB were written", float64(largest)/mib, rows*2560/mib)
+
+	step("written")
 
 	// A region is down while the others cut their logs past it.
 	down := c.other(leader, "r4")
@@ -129,6 +134,8 @@ func TestLogIsCut(t *testing.T) {
 	if after := c.logs()[down]; after.Incarn == before.Incarn {
 		t.Errorf("%s caught up without being seeded anew: %+v, before %+v", down, after, before)
 	}
+
+	step("seeded anew")
 
 	// Everything is started again from a log that was cut.
 	kept := c.logs()
@@ -147,12 +154,16 @@ func TestLogIsCut(t *testing.T) {
 	}
 	write(leader, 20)
 
+	step("all restarted")
+
 	// The leader is lost, and comes back.
 	c.KillNow(leader, "")
 	second := c.Leader(c.without(leader)...)
 	write(second, 20)
 	c.StartAgain(leader)
 	c.AwaitEqual(databases...)
+
+	step("led by another")
 
 	// A region without its disk joins, from an image and a log that is cut.
 	c.Do("wipe "+down, func(ctx context.Context) error { return c.Wipe(ctx, down) })
