@@ -49,9 +49,10 @@ func planOf(short bool) plan {
 // bench is one run.
 type bench struct {
 	plan
-	dir    string // everything of the run lies in it
-	report report
-	only   *regexp.Regexp
+	dir     string // everything of the run lies in it
+	report  report
+	only    *regexp.Regexp
+	profile string // of part groups; empty: none
 }
 
 func main() {
@@ -77,7 +78,7 @@ func run(ctx context.Context) (err error) {
 	size := flag.Int("bytes", 128, "of a payload of -one")
 	delay := flag.Duration("delay", 0, "round trip of -one")
 	length := flag.Duration("length", 3*time.Second, "of -one")
-	profile := flag.String("profile", "", "of -one: write profiles of all replicas to files whose names begin so")
+	profile := flag.String("profile", "", "of -one, and of groups at rest: write profiles of all replicas to files whose names begin so")
 	flag.Parse()
 	b := &bench{plan: planOf(os.Getenv("SHORT") == "1")}
 	if b.only, err = regexp.Compile(*only); err != nil {
@@ -93,8 +94,13 @@ func run(ctx context.Context) (err error) {
 		}
 		os.RemoveAll(b.dir)
 	}()
+	if b.profile = *profile; b.profile != "" {
+		if b.profile, err = filepath.Abs(b.profile); err != nil {
+			return err
+		}
+	}
 	if *one != "" {
-		return b.one(ctx, *one, *proposers, *size, *delay, *length, *profile)
+		return b.one(ctx, *one, *proposers, *size, *delay, *length)
 	}
 
 	began := time.Now()
@@ -122,18 +128,13 @@ func run(ctx context.Context) (err error) {
 }
 
 // one is for looking at one thing.
-func (b *bench) one(ctx context.Context, contender string, proposers, size int, delay, length time.Duration, profile string) (err error) {
-	if profile != "" {
-		if profile, err = filepath.Abs(profile); err != nil {
-			return err
-		}
-	}
+func (b *bench) one(ctx context.Context, contender string, proposers, size int, delay, length time.Duration) (err error) {
 	c, err := startCluster(b.dir, contender, delay/2, 1)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, c.stop()) }()
-	t, err := c.measure(ctx, proposers, size, time.Second, length, profile)
+	t, err := c.measure(ctx, proposers, size, time.Second, length, b.profile)
 	if err != nil {
 		return err
 	}

@@ -102,7 +102,7 @@ func (c counters) plus(o counters) counters {
 
 // command is one line to a replica.
 type command struct {
-	Do        string // status, counters, load, mark, finish, echo, flush
+	Do        string // status, counters, load, mark, finish, echo, flush, gather
 	Proposers int    `json:",omitempty"`
 	Bytes     int    `json:",omitempty"`
 	Count     int    `json:",omitempty"`
@@ -202,6 +202,10 @@ func (n *node) do(c command) (a answer, err error) {
 		}
 	case "echo":
 		a.Times, err = probeEcho(c.Address, c.Bytes, c.Count)
+	case "gather":
+		if q, ok := n.member.(*quorate); ok {
+			q.gather()
+		}
 	case "flush":
 		var d dur
 		d, err = probeFlush(filepath.Join(n.cfg.Dir, "probe"), c.Bytes, c.Count)

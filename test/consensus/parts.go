@@ -229,6 +229,13 @@ func (b *bench) thousand(ctx context.Context) (err error) {
 		}
 		before[p] = *a.Counters
 	}
+	if b.profile != "" {
+		for _, p := range c.running() {
+			if _, err := p.do(command{Do: "mark", Profile: fmt.Sprintf("%s-idle%d.cpu", b.profile, p.id)}); err != nil {
+				return err
+			}
+		}
+	}
 	began := time.Now()
 	pause(ctx, b.idle)
 	var cpu, rss float64
@@ -244,6 +251,17 @@ func (b *bench) thousand(ctx context.Context) (err error) {
 	b.report.add(figure{name: fmt.Sprintf("consensus_%d_groups_cpu", b.groups), quorate: cpu, peer: 2, target: "<=1", unit: "percent", peerIs: "the bound, of one core; the busiest process"})
 	b.report.add(figure{name: fmt.Sprintf("consensus_%d_groups_memory", b.groups), quorate: rss, peer: 200, target: "<=1", unit: "MiB", peerIs: "the bound; the largest process"})
 
+	for _, p := range c.running() {
+		do := []string{"finish", "gather"}
+		if b.profile == "" {
+			do = do[1:]
+		}
+		for _, d := range do {
+			if _, err := p.do(command{Do: d}); err != nil {
+				return err
+			}
+		}
+	}
 	if err := c.awaitLeader(10 * time.Second); err != nil {
 		return err
 	}

@@ -9,7 +9,9 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"time"
 
+	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 
 	"quorate/paxosgroup"
@@ -128,6 +130,23 @@ func (q *quorate) leads() int {
 		}
 	}
 	return n
+}
+
+// gather hands every group that this replica leads to the first one.
+func (q *quorate) gather() {
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	var transfers errgroup.Group
+	transfers.SetLimit(32)
+	for _, g := range q.groups {
+		if s := g.Status(); s.Role == paxosgroup.Leader && s.ID != 1 {
+			transfers.Go(func() error {
+				_ = g.Transfer(ctx, 1) // who leads is looked at afterwards
+				return nil
+			})
+		}
+	}
+	_ = transfers.Wait()
 }
 
 func (q *quorate) propose(ctx context.Context, _ int, payload []byte) error {
