@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -201,6 +202,11 @@ func (s *shard) regionStatus() admin.RegionStatus {
 		r.Healthy, r.Health = false, "no quorum of regions answers: writes wait"
 	case r.Role == admin.RoleCandidate || r.Leader == "":
 		r.Healthy, r.Health = false, "no leader is heard of: there is none, or this region is cut off"
+	}
+	if r.Healthy && r.Role == admin.RoleLeader {
+		if _, changes := wantedMembership(s.cfg, st.Membership); len(changes) > 0 {
+			r.Health = "ok, but region.yaml asks for another membership, which paxosctl member apply would make: " + strings.Join(changes, ", ")
+		}
 	}
 	if s.divergent != "" {
 		r.Healthy, r.Health = false, s.divergent

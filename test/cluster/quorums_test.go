@@ -2,14 +2,18 @@ package cluster
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"quorate/deploy/sandbox"
 )
 
 // TestFlexibleQuorums: with four of five in phase 1 and two in phase 2 a commit
@@ -55,6 +59,9 @@ func TestFlexibleQuorums(t *testing.T) {
 	if out := c.ctl("member", "apply", "--dry-run"); !strings.Contains(out, "nothing to change") {
 		t.Errorf("paxosctl member apply: %s", out)
 	}
+	// The file says otherwise in every region, and is applied.
+	quorumsBecome(t, c, 3, 3, 2)
+	quorumsBecome(t, c, 4, 2, 1)
 	// One region may be lost, the leader's too.
 	c.KillNow("r1", "")
 	leader := c.Leader(c.without("r1")...)
@@ -62,6 +69,46 @@ func TestFlexibleQuorums(t *testing.T) {
 	c.AwaitEqual(c.without("r1")...)
 	if n := query[int](c, leader, "SELECT count(*)::int FROM t"); n != 201 {
 		t.Errorf("%d of 201 acknowledged rows are left", n)
+	}
+}
+
+// quorumsBecome changes the quorums of a running cluster, as an operator does.
+func quorumsBecome(t *testing.T, c *Cluster, phase1, phase2, losses int) {
+	t.Helper()
+	size := regexp.MustCompile(`(phase1_quorum|phase2_quorum|durability_regions): \d+`)
+	for _, region := range c.Names {
+		file := c.Region(region).ConfigFile
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		text = size.ReplaceAllFunc(text, func(setting []byte) []byte {
+			name, _, _ := strings.Cut(string(setting), ":")
+			return fmt.Appendf(nil, "%s: %d", name, map[string]int{"phase1_quorum": phase1, "phase2_quorum": phase2, "durability_regions": losses}[name])
+		})
+		if err := os.WriteFile(file, text, 0o644); err != nil {
+			t.Fatal(err)
+		}
+		c.KillNow(region, sandbox.Sidecar)
+		c.StartAgain(region)
+	}
+	leader := c.Leader()
+	if out := c.ctl("status"); !strings.Contains(out, "region.yaml asks for another membership") {
+		t.Errorf("status does not tell that the file asks for something else:\n%s", out)
+	}
+	c.Eventually(30*time.Second, "the change", func(context.Context) error {
+		if out, err := c.paxosctl("member", "apply"); err != nil {
+			return fmt.Errorf("%w: %s", err, out)
+		}
+		want := fmt.Sprintf("phase 1 (electing a leader) %d, phase 2 (committing) %d; %d may be lost", phase1, phase2, losses)
+		if out := c.ctl("member", "list"); !strings.Contains(out, want) {
+			return errors.New(out)
+		}
+		return nil
+	})
+	c.Exec(c.Leader(), fmt.Sprintf("CREATE TABLE q%d%d (id int PRIMARY KEY)", phase1, phase2))
+	if leader != "r1" {
+		c.handOver("r1")
 	}
 }
 
