@@ -24,13 +24,13 @@ import (
 // TestOperations does to one cluster what its operators and their tools do.
 func TestOperations(t *testing.T) {
 	c := Start(t, Options{Regions: 3})
+	c.scenario(t, "rolled_back_data_dir", rolledBackDataDir) // while there is little to seed
 	c.scenario(t, "fence_at_every_table", fenceAtEveryTable)
 	c.scenario(t, "ddl_replicates", ddlReplicates)
 	c.scenario(t, "planned_transfer", plannedTransfer)
 	c.scenario(t, "connections_stay_local", connectionsStayLocal)
 	c.scenario(t, "large_transaction", largeTransaction)
 	c.scenario(t, "seed_killed_half_way", seedKilledHalfWay)
-	c.scenario(t, "rolled_back_data_dir", rolledBackDataDir)
 }
 
 // A data_dir that is put back to an earlier state is recognised by the other
