@@ -142,6 +142,7 @@ func (s *shard) feedNext() paxosgroup.Slot {
 func (se *session) trim(ctx context.Context) error {
 	tick := time.NewTicker(cutEvery)
 	defer tick.Stop()
+	var told string
 	var redelivered entry.LSN // as of the look before: surely on the server's disk by now
 	for {
 		select {
@@ -158,8 +159,10 @@ func (se *session) trim(ctx context.Context) error {
 			return endOf(ctx, fmt.Errorf("read the replication slot's position: %w", err))
 		}
 		if redelivered > 0 {
-			if err := se.cutLog(ctx, redelivered); err != nil {
-				return endOf(ctx, err)
+			// That the log cannot be cut now harms nobody yet.
+			if err := se.cutLog(ctx, redelivered); err != nil && ctx.Err() == nil && err.Error() != told {
+				told = err.Error()
+				se.log.Warn("the log could not be cut; it is tried again", "err", err)
 			}
 		}
 		if at != nil {

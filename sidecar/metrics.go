@@ -37,5 +37,10 @@ func (m *metrics) watch(reg *prometheus.Registry, log *slotlog.Log, group *runne
 	counter("quorate_log_flushes_total", "Flushes of the durable log.", func() float64 { return float64(log.Stats().Flushes) })
 	counter("quorate_log_records_total", "Records written to the durable log.", func() float64 { return float64(log.Stats().Records) })
 	counter("quorate_log_bytes_total", "Bytes written to the durable log.", func() float64 { return float64(log.Stats().Bytes) })
+	gauge := func(name, help string, v func() float64) {
+		f.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, v)
+	}
+	gauge("quorate_log_base_slot", "The log begins behind this slot.", func() float64 { return float64(group.Status().Base) })
+	gauge("quorate_log_segments", "Files of the durable log, each of log.segment_bytes.", func() float64 { return float64(log.Stats().Segments) })
 	counter("quorate_void_entries_total", "Entries delivered void since start.", func() float64 { return float64(group.Status().Void) })
 }

@@ -24,6 +24,7 @@ func (s *shard) witness(ctx context.Context) error {
 	s.set(func() { s.state = admin.StateWitness })
 	tick := time.NewTicker(behindEvery)
 	defer tick.Stop()
+	told := ""
 	for looks := 0; ; looks++ {
 		select {
 		case <-ctx.Done():
@@ -31,8 +32,9 @@ func (s *shard) witness(ctx context.Context) error {
 		case <-tick.C:
 		}
 		if looks%int(cutEvery/behindEvery) == 0 {
-			if err := s.trimWitness(ctx); err != nil {
-				return endOf(ctx, err)
+			if err := s.trimWitness(ctx); err != nil && ctx.Err() == nil && err.Error() != told {
+				told = err.Error()
+				s.log.Warn("the log could not be cut; it is tried again", "err", err)
 			}
 		}
 		if !s.group.NeedsSnapshot() {
