@@ -82,9 +82,14 @@ func TestLogIsCut(t *testing.T) {
 			must(t, conn, "INSERT INTO t (v) SELECT repeat(md5(random()::text), 80) FROM generate_series(1, 100)")
 		}
 	}
+	// A checkpoint moves the position from which the server would hand commits over
+	// again, which it does by itself only every 15 s.
+	hurry := func() { c.Exec(c.Leader(), "CHECKPOINT") }
 	cutBeyond := func(what string, slot uint64, regions ...string) {
 		t.Helper()
 		c.Eventually(30*time.Second, what, func(context.Context) error {
+			hurry()
+			time.Sleep(250 * time.Millisecond)
 			logs := c.logs()
 			for _, r := range regions {
 				if l := logs[r]; l.Base <= slot {
@@ -107,6 +112,7 @@ func TestLogIsCut(t *testing.T) {
 	c.Eventually(40*time.Second, "logs within their bound", func(context.Context) error {
 		c.Exec(leader, "INSERT INTO t (v) SELECT repeat(md5(random()::text), 80) FROM generate_series(1, 10)")
 		rows += 10
+		hurry()
 		time.Sleep(250 * time.Millisecond)
 		for _, r := range c.Names {
 			if n := c.logDirBytes(r); n > 10*mib {
