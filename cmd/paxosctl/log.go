@@ -71,12 +71,12 @@ func entryViewOf(e *adminpb.LogEntry) entryView {
 func logCommand(a *addressing) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "log",
-		Short: "Look into the log that all regions share",
+		Short: "Look into the log that all regions share, or the files of one sidecar",
 		Args:  usage(cobra.NoArgs),
 		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	a.addFlags(cmd)
-	cmd.AddCommand(logReadCommand(a))
+	cmd.AddCommand(logReadCommand(a), logVerifyCommand(), logDumpCommand())
 	return cmd
 }
 

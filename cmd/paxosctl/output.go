@@ -21,6 +21,7 @@ const (
 	exitNoLeader    = 3
 	exitUnreachable = 4
 	exitNotHeld     = 5
+	exitDamaged     = 6
 )
 
 const exitCodesHelp = `Exit codes:
@@ -29,7 +30,8 @@ const exitCodesHelp = `Exit codes:
   2  wrong usage
   3  no region leads at the moment
   4  no region's sidecar answers
-  5  the log no longer holds the slot asked for`
+  5  the log no longer holds the slot asked for
+  6  the files of a log are damaged`
 
 // codedError is an error that ends the process with a code of its own.
 type codedError struct {

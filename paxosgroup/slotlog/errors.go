@@ -38,9 +38,15 @@ type CorruptError struct {
 	Group  paxosgroup.GroupID // 0 if not known
 	Slot   paxosgroup.Slot    // 0 if not known
 	What   string
+	Behind *Behind // nil if it was not looked for
 }
 
-func (e *CorruptError) Error() string {
+// DamageAdvice says what to do about a damaged log.
+const DamageAdvice = "put the undamaged file back; or move data_dir and log.dir away, both, and start again, " +
+	"and the region joins as a new replica, seeded from another one; never delete a file of the log alone"
+
+// Where says which place it is.
+func (e *CorruptError) Where() string {
 	where := fmt.Sprintf("%s at offset %d", e.File, e.Offset)
 	if e.Group != 0 {
 		where += fmt.Sprintf(", group %d", e.Group)
@@ -48,9 +54,15 @@ func (e *CorruptError) Error() string {
 	if e.Slot != 0 {
 		where += fmt.Sprintf(", slot %d", e.Slot)
 	}
-	return fmt.Sprintf("slot log is damaged: %s: %s "+
-		"(put the undamaged file back; or move data_dir and log.dir away, both, and start again, "+
-		"and the region joins as a new replica, seeded from another one; never delete a file of the log alone)", where, e.What)
+	return where
+}
+
+func (e *CorruptError) Error() string {
+	what := e.What
+	if e.Behind != nil {
+		what += "; " + e.Behind.String()
+	}
+	return fmt.Sprintf("slot log is damaged: %s: %s (%s)", e.Where(), what, DamageAdvice)
 }
 
 // VersionError says that another version of quorate wrote the directory.

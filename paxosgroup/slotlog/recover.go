@@ -41,7 +41,7 @@ func Open(cfg Config) (*Log, map[paxosgroup.GroupID]paxosgroup.Restored, error) 
 	l.room.L = &l.mu
 	restored, err := l.load()
 	if err != nil {
-		errs := []error{fmt.Errorf("open slot log in %s: %w", cfg.Dir, err)}
+		errs := []error{fmt.Errorf("open slot log in %s: %w", cfg.Dir, explain(err, cfg.FS, cfg.Dir))}
 		for _, s := range l.segments {
 			if s.file != nil {
 				errs = append(errs, s.file.Close())
@@ -113,16 +113,10 @@ func (l *Log) load() (map[paxosgroup.GroupID]paxosgroup.Restored, error) {
 // segmentsOf returns the sequence numbers of the segments among names, ascending
 // and without a gap.
 func segmentsOf(names []string) ([]uint64, error) {
-	var sequences []uint64
-	for _, name := range names {
-		if sequence, ok := parseSegmentName(name); ok {
-			sequences = append(sequences, sequence)
-		}
-	}
-	slices.Sort(sequences)
+	sequences := sequencesOf(names)
 	for i := 1; i < len(sequences); i++ {
 		if sequences[i] != sequences[i-1]+1 {
-			return nil, &CorruptError{File: segmentName(sequences[i-1] + 1), What: "the file is missing"}
+			return nil, missing(sequences[i-1] + 1)
 		}
 	}
 	return sequences, nil
@@ -232,6 +226,9 @@ type scan struct {
 	end       int64       // offset behind it, at a sector
 	torn      int         // sectors behind the end that a write which was cut short left behind, up to the last
 	sealed    bool
+
+	data   []byte // of the sectors, without stamps; nil if the segment header is damaged
+	states []sectorState
 }
 
 // load reads one segment into the log.
@@ -249,7 +246,7 @@ func (rec *recovery) load(sequence uint64, last bool) error {
 		return err
 	}
 	seg.size = int64(len(b))
-	found, err := scanSegment(b, name, sequence, last, l.number, func(r placedRecord) error { return rec.take(seg, r) })
+	found, err := scanSegment(b, name, sequence, last, l.number, func(_ batchHeader, r placedRecord) error { return rec.take(seg, r) })
 	if err != nil {
 		return err
 	}
@@ -318,12 +315,13 @@ type placedRecord struct {
 // batch has the given number (1 if that is not known), and hands its records to
 // take. It strips the stamps off b in place. Only in the last segment may a write
 // have been cut short.
-func scanSegment(b []byte, name string, sequence uint64, last bool, number uint64, take func(placedRecord) error) (scan, error) {
+func scanSegment(b []byte, name string, sequence uint64, last bool, number uint64, take func(batchHeader, placedRecord) error) (scan, error) {
 	found := scan{header: batchHeader{number: number - 1}, end: sectorData}
 	if err := checkSegmentHeader(b, int64(len(b)), name, sequence); err != nil {
 		return found, err
 	}
 	states, data := examine(b, sequence)
+	found.states, found.data = states, data
 	if states[0] != sectorWritten {
 		return found, &CorruptError{File: name, What: "the stamp of the segment header is damaged"}
 	}
@@ -367,19 +365,25 @@ func scanSegment(b []byte, name string, sequence uint64, last bool, number uint6
 				return found, damaged(r.offset, "a record follows the seal")
 			}
 			found.sealed = r.kind == typeSeal
-			if err := take(r); err != nil {
+			if err := take(h, r); err != nil {
 				return found, located(err, name)
 			}
 		}
 		found.header, found.lastBatch, found.end = h, found.end, nextSector(end)
 	}
 	if !last && !found.sealed {
-		return found, damaged(found.end, "the segment has no end, though another follows")
+		switch i := found.end / sectorData; {
+		case i >= int64(len(states)) || states[i] == sectorOld:
+			return found, damaged(found.end, "the segment has no end, though another follows: writes to it are lost")
+		case states[i] == sectorRotten:
+			return found, damaged(found.end, "the stamp of a sector is damaged")
+		}
+		return found, damaged(found.end, "the header of a batch does not match its checksum")
 	}
 	if !last {
 		return found, nil
 	}
-	return found, found.tail(data, states, name, sequence)
+	return found, found.tail(name, sequence)
 }
 
 // examine strips the stamps off the sectors in b and tells what they say.
@@ -393,7 +397,8 @@ func examine(b []byte, sequence uint64) ([]sectorState, []byte) {
 
 // tail checks what lies behind the last good batch of the last segment: what an
 // earlier life of the file left, or the trace of a write that was cut short.
-func (found *scan) tail(data []byte, states []sectorState, name string, sequence uint64) error {
+func (found *scan) tail(name string, sequence uint64) error {
+	data, states := found.data, found.states
 	first := int(found.end / sectorData)
 	for i := first; i < len(states); i++ {
 		offset := int64(i) * sectorData

@@ -1,6 +1,7 @@
 package slotlog
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -76,6 +77,11 @@ func checkSegmentHeader(b []byte, size int64, name string, sequence uint64) erro
 	}
 	// The version comes before the checksum: a later format may place it elsewhere.
 	if v := binary.LittleEndian.Uint32(b[8:]); v != formatVersion {
+		ours := bytes.Clone(b[:60])
+		binary.LittleEndian.PutUint32(ours[8:], formatVersion)
+		if binary.LittleEndian.Uint32(b[60:]) == crc32.Checksum(ours, castagnoli) {
+			return damaged(fmt.Sprintf("the format version in the segment header has become %d", v))
+		}
 		return &VersionError{File: name, Version: v}
 	}
 	if binary.LittleEndian.Uint32(b[60:]) != crc32.Checksum(b[:60], castagnoli) {
