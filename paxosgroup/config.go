@@ -18,7 +18,7 @@ type Config struct {
 	LeaseDuration      time.Duration // default 1.5 s, the same in every replica
 	ClockDriftPPMMax   int64         // bound on a clock's rate error; default 1000, -1 means none
 
-	WindowSlotsMax int // undecided slots a leader may have; default 1024
+	WindowSlotsMax int // undecided slots a leader may have; default 8192
 	WindowBytesMax int // and bytes of payload; default 16 MiB. A promise carries at most about twice that
 	// What may be on its way to one follower, at most: the window adapts to the
 	// link (flow.go). Default 4 × WindowSlotsMax and 2 × WindowBytesMax.
@@ -48,7 +48,7 @@ func (c *Config) fillDefaults() {
 		c.ClockDriftPPMMax = 0
 	}
 	if c.WindowSlotsMax == 0 {
-		c.WindowSlotsMax = 1024
+		c.WindowSlotsMax = 8192
 	}
 	if c.WindowBytesMax == 0 {
 		c.WindowBytesMax = 16 << 20

@@ -372,8 +372,8 @@ func TestWindowBoundsSlotsAndBytes(t *testing.T) {
 			break
 		}
 	}
-	if n != 1024 {
-		t.Errorf("%d slots were taken, want 1024", n)
+	if n != 8192 {
+		t.Errorf("%d slots were taken, want 8192", n)
 	}
 	l = newLab(t, 1, false)
 	l.lead()

@@ -215,7 +215,7 @@ func Default() Config {
 			ElectionTimeoutMin: time.Second,
 			LeaseDuration:      1500 * time.Millisecond,
 			ClockDriftPPMMax:   1000,
-			WindowSlotsMax:     1024,
+			WindowSlotsMax:     8192,
 			WindowBytesMax:     16 << 20,
 		},
 		Log:            Log{SegmentBytes: 64 << 20, KeepBytes: 256 << 20, MaxBytes: 4 << 30},
