@@ -35,8 +35,9 @@ func (r *Replica) onPrepare(m Message) {
 	}
 	r.resetElection(r.now)
 	out := Message{Kind: MsgPromise, To: m.From, Ballot: m.Ballot, Chosen: r.chosen, Applied: r.applied, SentAt: m.SentAt}
-	for _, s := range r.slots() {
-		out.Accepted = append(out.Accepted, AcceptedEntry{Slot: s, Ballot: r.log[s].ballot, Entry: r.log[s].entry})
+	for _, s := range r.log.slots() {
+		st := r.log.at(s)
+		out.Accepted = append(out.Accepted, AcceptedEntry{Slot: s, Ballot: st.ballot, Entry: st.entry})
 	}
 	r.learnOf(m.Chosen, m.From)
 	r.sendAfterSync(out)
@@ -54,11 +55,9 @@ func (r *Replica) onAccept(m Message) {
 	r.follow(m)
 	acked := make([]Slot, 0, len(m.Entries))
 	r.pending.Persist = slices.Grow(r.pending.Persist, len(m.Entries))
-	// In one piece, of which each slot keeps the whole: windows bound that too.
-	states := make([]slotState, len(m.Entries))
-	for i, e := range m.Entries {
-		if r.accept(m.Ballot, e, &states[i]) {
-			acked = append(acked, e.Slot)
+	for i := range m.Entries {
+		if r.accept(m.Ballot, &m.Entries[i]) {
+			acked = append(acked, m.Entries[i].Slot)
 		}
 	}
 	r.noteCommit(m.Ballot, m.Chosen)
@@ -68,13 +67,14 @@ func (r *Replica) onAccept(m Message) {
 const acceptWindows = 8 // of slots, above the chosen prefix
 
 // accept takes an entry into its slot, and reports whether this replica may say
-// that it has; st is room for its state. A chosen slot holds the only value that any later ballot can
+// that it has. A chosen slot holds the only value that any later ballot can
 // propose, so the answer is yes without a look.
-func (r *Replica) accept(b Ballot, e SlotEntry, st *slotState) bool {
+func (r *Replica) accept(b Ballot, e *SlotEntry) bool {
 	if e.Slot <= r.chosen {
 		return true
 	}
-	if old := r.log[e.Slot]; old != nil && old.ballot == b {
+	old := r.log.at(e.Slot)
+	if old != nil && old.ballot == b {
 		invariant(sameValue(old.entry, e.Entry), "slot %d has two values at ballot %v", e.Slot, b)
 		return true
 	}
@@ -82,12 +82,11 @@ func (r *Replica) accept(b Ballot, e SlotEntry, st *slotState) bool {
 	// up the past; beyond this it only learns. In slots that is far, or one over a
 	// long link would never catch up with a busy leader. What it holds already, and the slot
 	// that everything waits for, it takes whatever their size.
-	if e.Slot > r.chosen+Slot(acceptWindows*r.cfg.WindowSlotsMax) || e.Slot > r.chosen+1 && r.log[e.Slot] == nil && r.logBytes > 2*r.cfg.WindowBytesMax {
+	if e.Slot > r.chosen+Slot(acceptWindows*r.cfg.WindowSlotsMax) || e.Slot > r.chosen+1 && old == nil && r.logBytes > 2*r.cfg.WindowBytesMax {
 		return false
 	}
 	invariant(!b.Less(r.promised), "slot %d accepted at %v below promise %v", e.Slot, b, r.promised)
-	*st = slotState{ballot: b, entry: e.Entry}
-	r.put(e.Slot, st)
+	r.put(e.Slot, b, &e.Entry)
 	r.persist(Record{Kind: RecordAccept, Ballot: b, Slot: e.Slot, Entry: e.Entry})
 	return true
 }

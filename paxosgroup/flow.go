@@ -416,7 +416,7 @@ func (r *Replica) sendAgain(p *peer, slots, bytes int) bool {
 	var chunk []SlotEntry
 	size := 0
 	for ; lost.first <= lost.last && len(chunk) < min(slots, acceptSlotsMax); lost.first++ {
-		st := r.log[lost.first]
+		st := r.log.at(lost.first)
 		if st == nil || st.ballot != r.ballot || r.acked(st, p) {
 			continue
 		}
@@ -472,7 +472,7 @@ func (r *Replica) noteAnswer(p *peer, m Message) {
 			continue
 		}
 		for s := max(d.first, r.chosen+1); s <= d.last; s++ {
-			if st := r.log[s]; st != nil && st.ballot == r.ballot && !r.acked(st, p) {
+			if st := r.log.at(s); st != nil && st.ballot == r.ballot && !r.acked(st, p) {
 				f.again = append(f.again, span{s, d.last})
 				break
 			}
@@ -517,7 +517,7 @@ func (r *Replica) tickFlow(p *peer) {
 	if len(f.flights) == 0 && !f.behind {
 		// Where messages overtake each other an answer may have been taken for
 		// more than it was.
-		if st := r.log[r.chosen+1]; len(f.again) == 0 && f.next == r.lead.next && r.now >= f.probeAt && st != nil && !r.acked(st, p) {
+		if st := r.log.at(r.chosen + 1); len(f.again) == 0 && f.next == r.lead.next && r.now >= f.probeAt && st != nil && !r.acked(st, p) {
 			f.again = append(f.again, span{r.chosen + 1, f.next - 1})
 			f.probeAt = r.now.Add(timeout)
 		}

@@ -77,8 +77,8 @@ func (r *Replica) peer(id ReplicaID) *peer {
 func (r *Replica) beginLeading() {
 	l := &r.lead
 	l.since, l.next, l.tail, l.hedgeAt = r.now, r.chosen+1, tail{}, 0
-	for _, a := range r.slots() { // the own promise
-		if st := r.log[a]; st.ballot.Less(r.ballot) {
+	for _, a := range r.log.slots() { // the own promise
+		if st := r.log.at(a); st.ballot.Less(r.ballot) {
 			r.recover(AcceptedEntry{Slot: a, Ballot: st.ballot, Entry: st.entry})
 		}
 	}
@@ -137,7 +137,7 @@ func (r *Replica) propose(e Entry) {
 	r.mayPropose(s)
 	l.next++
 	l.windowBytes += len(e.Payload)
-	r.put(s, &slotState{ballot: r.ballot, entry: e})
+	r.put(s, r.ballot, &e)
 	l.tail.add(SlotEntry{Slot: s, Entry: e})
 	r.persist(Record{Kind: RecordAccept, Ballot: r.ballot, Slot: s, Entry: e})
 	r.countWhenFlushed(r.ballot, s)
@@ -184,7 +184,7 @@ func (r *Replica) onAccepted(m Message) {
 			continue
 		}
 		r.noteAcked(p, s)
-		if st := r.log[s]; st != nil && st.ballot == r.ballot {
+		if st := r.log.at(s); st != nil && st.ballot == r.ballot {
 			st.acks |= 1 << p.index
 		}
 	}
@@ -210,7 +210,7 @@ func (r *Replica) noteAcked(p *peer, s Slot) {
 func (r *Replica) advance() {
 	before := r.chosen
 	for r.stage == proposing {
-		st := r.log[r.chosen+1]
+		st := r.log.at(r.chosen + 1)
 		if st == nil || st.ballot != r.ballot {
 			break
 		}

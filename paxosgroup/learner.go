@@ -48,7 +48,7 @@ func (f *fetchState) pace(took time.Duration, size int) {
 // choose extends the chosen prefix by one slot.
 func (r *Replica) choose(s Slot, e Entry) {
 	invariant(s == r.chosen+1, "slot %d chosen after %d", s, r.chosen)
-	if st := r.log[s]; st != nil {
+	if st := r.log.at(s); st != nil {
 		if r.stage == proposing && st.ballot == r.ballot {
 			invariant(sameValue(st.entry, e), "slot %d proposed at %v with another value than was chosen", s, r.ballot)
 			r.lead.windowBytes -= len(st.entry.Payload)
@@ -85,10 +85,10 @@ func (r *Replica) noteCommit(b Ballot, s Slot) {
 // value, and is fetched.
 func (r *Replica) learnCommitted() {
 	if n := min(r.commit, r.maxAccepted); n > r.chosen {
-		r.pending.Delivered = slices.Grow(r.pending.Delivered, int(min(n-r.chosen, Slot(len(r.log)))))
+		r.pending.Delivered = slices.Grow(r.pending.Delivered, int(min(n-r.chosen, Slot(r.log.count))))
 	}
 	for r.chosen < r.commit {
-		st := r.log[r.chosen+1]
+		st := r.log.at(r.chosen + 1)
 		if st == nil || st.ballot != r.commitAt {
 			return
 		}
@@ -281,7 +281,7 @@ func (r *Replica) deposedBy(e SlotEntry) bool {
 	if r.stage != proposing {
 		return false
 	}
-	if st := r.log[e.Slot]; st != nil && st.ballot == r.ballot {
+	if st := r.log.at(e.Slot); st != nil && st.ballot == r.ballot {
 		return !sameValue(st.entry, e.Entry)
 	}
 	return r.lead.opened

@@ -171,8 +171,8 @@ func (r *Replica) connect() {
 		}
 		var fresh bool
 		if p.index, fresh = r.bits.take(x.ID); fresh {
-			for _, st := range r.log { // the bit may have been another's
-				st.acks &^= 1 << p.index
+			for i := range r.log.places { // the bit may have been another's
+				r.log.places[i].acks &^= 1 << p.index
 			}
 		}
 		r.peers = append(r.peers, p)

@@ -343,11 +343,12 @@ func TestALeaderTakesNoMembershipFromOthers(t *testing.T) {
 	l.change(voters(9, 1, 2, 6))
 	l.step(Message{Kind: MsgPromise, From: 6, Ballot: l.r.ballot})
 	l.grant(1, 2, 6)
-	st := l.r.log[2]
+	st := l.r.log.at(2)
 	if st == nil || st.entry.Kind != KindConfig {
 		t.Fatal("the change is not proposed: the test shows nothing")
 	}
-	l.step(Message{Kind: MsgLearn, From: 3, Slot: 2, Chosen: 2, Entries: []SlotEntry{{2, st.entry}}})
+	change := st.entry
+	l.step(Message{Kind: MsgLearn, From: 3, Slot: 2, Chosen: 2, Entries: []SlotEntry{{2, change}}})
 	if l.r.chosen != 2 || !l.r.membership.Joint() {
 		t.Error("did not learn it")
 	}
@@ -358,7 +359,7 @@ func TestALeaderTakesNoMembershipFromOthers(t *testing.T) {
 	l = newLab(t, 1, false)
 	b := l.prepare()
 	l.step(Message{Kind: MsgPromise, From: 2, Ballot: b, Chosen: 1})
-	l.step(Message{Kind: MsgLearn, From: 2, Slot: 1, Chosen: 1, Entries: []SlotEntry{{1, st.entry}}})
+	l.step(Message{Kind: MsgLearn, From: 2, Slot: 1, Chosen: 1, Entries: []SlotEntry{{1, change}}})
 	if l.step(Message{Kind: MsgPromise, From: 3, Ballot: b}); l.r.stage >= preparing {
 		t.Error("prepares on")
 	}
@@ -379,7 +380,7 @@ func TestABitGivenAnewCarriesNoAcknowledgement(t *testing.T) {
 	if l.r.peer(7).index != bit {
 		t.Fatal("another bit: the test shows nothing")
 	}
-	if l.r.log[s].acks&(1<<bit) != 0 {
+	if l.r.log.at(s).acks&(1<<bit) != 0 {
 		t.Error("7 is taken to have accepted what 6 did")
 	}
 }

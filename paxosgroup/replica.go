@@ -24,14 +24,6 @@ const (
 	proposing       // phase 1 was done: phase 2 of inherited, then own entries
 )
 
-// slotState is a slot above the chosen prefix: what was accepted there, and for
-// the proposer at that ballot, who is known to have accepted it.
-type slotState struct {
-	ballot Ballot
-	entry  Entry
-	acks   uint64 // bits of who has accepted, by bitTable
-}
-
 // ownRecord is a promise (slot 0) or acceptance by this very replica that
 // counts once the Ready with number seq is flushed.
 type ownRecord struct {
@@ -51,7 +43,7 @@ type Replica struct {
 
 	// Acceptor.
 	promised    Ballot
-	log         map[Slot]*slotState // above chosen
+	log         slotRing // above chosen
 	logBytes    int
 	maxAccepted Slot
 
@@ -108,6 +100,7 @@ type Replica struct {
 	// What is owed to the caller.
 	seq            uint64
 	pending        Ready
+	spare          Ready // empty slices for the next one
 	own            []ownRecord
 	storedChosen   Slot // chosen as of the last Ready: what Storage can read back
 	recordedChosen Slot
@@ -128,7 +121,6 @@ func New(cfg Config, st Restored, store Storage, now Instant) (*Replica, error) 
 		cfg: cfg, store: store, now: now,
 		rng:      rand.New(rand.NewPCG(cfg.Seed, uint64(cfg.Group)<<32|uint64(cfg.ID))),
 		promised: st.Promised,
-		log:      make(map[Slot]*slotState),
 		base:     st.Base, chosen: st.Base.Slot, judge: st.Base.Judge.Clone(),
 		role: Follower, electable: true,
 	}
@@ -149,7 +141,7 @@ func New(cfg Config, st Restored, store Storage, now Instant) (*Replica, error) 
 		if a.Slot <= r.chosen {
 			continue
 		}
-		r.put(a.Slot, &slotState{ballot: a.Ballot, entry: a.Entry})
+		r.put(a.Slot, a.Ballot, &a.Entry)
 		if r.promised.Less(a.Ballot) {
 			r.promised = a.Ballot
 		}
@@ -328,8 +320,8 @@ func (r *Replica) clock(now Instant) {
 }
 
 // Ready returns what has become due since the last call, or false if nothing.
-// Its parts are the caller's to keep; payload bytes are shared and never
-// changed.
+// Its parts are the caller's to keep, or to be given back to Recycle; payload
+// bytes are shared and never changed.
 func (r *Replica) Ready() (Ready, bool) {
 	if r.stage == proposing {
 		r.sendAccepts()
@@ -353,9 +345,37 @@ func (r *Replica) Ready() (Ready, bool) {
 	r.seq++
 	rd := *p
 	rd.Seq = r.seq
-	r.pending = Ready{}
+	r.pending, r.spare = r.spare, Ready{}
 	r.storedChosen = r.chosen
 	return rd, true
+}
+
+// Recycle takes back the slices of a Ready which nobody uses any more, to be
+// filled again. Any of them may be left out, and it need not be called at all.
+func (r *Replica) Recycle(rd Ready) {
+	reuse(&r.pending.Send, &r.spare.Send, rd.Send)
+	reuse(&r.pending.Persist, &r.spare.Persist, rd.Persist)
+	reuse(&r.pending.AfterSync, &r.spare.AfterSync, rd.AfterSync)
+	reuse(&r.pending.Delivered, &r.spare.Delivered, rd.Delivered)
+}
+
+// recycledMax bounds the elements that are kept of each: a thousand groups are
+// not to keep what they once needed at the same time.
+const recycledMax = 1024
+
+// reuse puts used, emptied, where there is less room: in place of what is
+// pending, unless that has begun, or of what is spare.
+func reuse[T any](pending, spare *[]T, used []T) {
+	if cap(used) == 0 || cap(used) > recycledMax {
+		return
+	}
+	clear(used) // and what lies behind was never filled, or is clear
+	switch used = used[:0]; {
+	case len(*pending) == 0 && cap(*pending) < cap(used):
+		*pending = used
+	case cap(*spare) < cap(used):
+		*spare = used
+	}
 }
 
 // Persisted says that all Readies up to seq are flushed. Only now do this
@@ -377,7 +397,7 @@ func (r *Replica) Persisted(now Instant, seq uint64) {
 			r.recordPromise(r.cfg.ID, r.chosen)
 			continue
 		}
-		if st := r.log[o.slot]; st != nil && st.ballot == o.ballot && r.self >= 0 {
+		if st := r.log.at(o.slot); st != nil && st.ballot == o.ballot && r.self >= 0 {
 			st.acks |= 1 << r.self
 		}
 	}
@@ -437,7 +457,7 @@ func (r *Replica) Restart(now Instant, b Base) {
 	}
 	r.pending.Delivered = nil // the image holds it
 	b.Membership = b.Membership.normalized()
-	for s := range r.log {
+	for _, s := range r.log.slots() {
 		if s <= b.Slot {
 			r.drop(s)
 		}
@@ -451,8 +471,9 @@ func (r *Replica) Restart(now Instant, b Base) {
 	if !r.promised.IsZero() {
 		r.persist(Record{Kind: RecordPromise, Ballot: r.promised})
 	}
-	for _, s := range r.slots() {
-		r.persist(Record{Kind: RecordAccept, Ballot: r.log[s].ballot, Slot: s, Entry: r.log[s].entry})
+	for _, s := range r.log.slots() {
+		st := r.log.at(s)
+		r.persist(Record{Kind: RecordAccept, Ballot: st.ballot, Slot: s, Entry: st.entry})
 	}
 	r.learnCommitted()
 }
@@ -471,28 +492,17 @@ func (r *Replica) Truncate(now Instant, b Base) {
 	r.persist(Record{Kind: RecordBase, Slot: b.Slot, Base: &b})
 }
 
-// slots returns the slots above the chosen prefix that hold an entry, ascending.
-func (r *Replica) slots() []Slot {
-	out := make([]Slot, 0, len(r.log))
-	for s := range r.log {
-		out = append(out, s)
-	}
-	slices.Sort(out)
-	return out
-}
-
-func (r *Replica) put(s Slot, st *slotState) {
-	if old := r.log[s]; old != nil {
-		r.logBytes -= len(old.entry.Payload)
-	}
-	r.log[s] = st
-	r.logBytes += len(st.entry.Payload)
+// put holds e as accepted at b in s.
+func (r *Replica) put(s Slot, b Ballot, e *Entry) {
+	st := r.log.put(s)
+	r.logBytes += len(e.Payload) - len(st.entry.Payload)
+	st.ballot, st.entry, st.acks = b, *e, 0
 	r.maxAccepted = max(r.maxAccepted, s)
 }
 
 func (r *Replica) drop(s Slot) {
-	if old := r.log[s]; old != nil {
-		r.logBytes -= len(old.entry.Payload)
-		delete(r.log, s)
+	if st := r.log.at(s); st != nil {
+		r.logBytes -= len(st.entry.Payload)
+		r.log.drop(s)
 	}
 }

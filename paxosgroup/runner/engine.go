@@ -24,6 +24,8 @@ type Log interface {
 	// Append adds records of a group, in order, and has durable called once,
 	// when they and all earlier ones of the group are flushed, or with the error
 	// for which they will not be. It must not block, nor call durable from within.
+	// The records are the caller's again when it returns; what they point to is
+	// shared and never changed.
 	Append(g paxosgroup.GroupID, recs []paxosgroup.Record, durable func(error))
 	// Group reads back what was appended, flushed or not.
 	Group(g paxosgroup.GroupID) paxosgroup.Storage
@@ -334,6 +336,7 @@ func (e *Engine) payDone(now paxosgroup.Instant) {
 		}
 		if len(d.after) > 0 {
 			e.cfg.Transport.Send(g.id, d.after)
+			g.core.Recycle(paxosgroup.Ready{AfterSync: d.after})
 		}
 		if d.counts {
 			g.core.Persisted(now, d.seq)

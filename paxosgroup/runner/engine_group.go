@@ -181,20 +181,22 @@ func (g *EngineGroup) pay(rd paxosgroup.Ready) {
 		}
 	}
 	d := done{group: g, seq: rd.Seq, counts: flush}
+	after := rd.AfterSync
 	switch {
-	case flush || len(rd.AfterSync) > 0 && g.unflushed > 0:
+	case flush || len(after) > 0 && g.unflushed > 0:
 		if flush {
 			e.stats.Batches++
 		}
-		d.after, d.ticket = rd.AfterSync, true
+		d.after, d.ticket = after, true
+		rd.AfterSync = nil // until they are sent
 		g.unflushed++
 		g.append(rd.Persist, d)
 	default:
 		if len(rd.Persist) > 0 {
 			g.append(rd.Persist, d)
 		}
-		if len(rd.AfterSync) > 0 {
-			e.cfg.Transport.Send(g.id, rd.AfterSync)
+		if len(after) > 0 {
+			e.cfg.Transport.Send(g.id, after)
 		}
 	}
 	if len(rd.Delivered) > 0 {
@@ -206,6 +208,7 @@ func (g *EngineGroup) pay(rd paxosgroup.Ready) {
 	for _, q := range rd.Reads {
 		g.answerRead(q)
 	}
+	g.core.Recycle(rd)
 }
 
 func (g *EngineGroup) append(recs []paxosgroup.Record, d done) {

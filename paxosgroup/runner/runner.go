@@ -492,16 +492,20 @@ func (l tracedLog) Full() bool {
 
 func (l tracedLog) Append(g paxosgroup.GroupID, recs []paxosgroup.Record, durable func(error)) {
 	stepped, appended := l.runner.stepped, time.Now()
+	var accepted []paxosgroup.SlotEntry
+	for i := range recs {
+		if recs[i].Kind == paxosgroup.RecordAccept {
+			accepted = append(accepted, paxosgroup.SlotEntry{Slot: recs[i].Slot, Entry: recs[i].Entry})
+		}
+	}
 	l.Log.Append(g, recs, func(err error) {
 		flushed := time.Now()
 		durable(err)
 		if err != nil {
 			return
 		}
-		for _, rec := range recs {
-			if rec.Kind == paxosgroup.RecordAccept {
-				l.runner.cfg.Accepted(g, paxosgroup.SlotEntry{Slot: rec.Slot, Entry: rec.Entry}, stepped, appended, flushed)
-			}
+		for _, e := range accepted {
+			l.runner.cfg.Accepted(g, e, stepped, appended, flushed)
 		}
 	})
 }
