@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"time"
 
 	"quorate/paxosgroup"
@@ -286,10 +287,10 @@ type keeper struct {
 func (k keeper) Group(g paxosgroup.GroupID) paxosgroup.Storage { return k.log.Group(g) }
 
 func (k keeper) Append(g paxosgroup.GroupID, recs []paxosgroup.Record, durable func(error)) {
-	c := k.h.w.group(g)
+	c, kept := k.h.w.group(g), slices.Clone(recs) // which are filled again meanwhile
 	k.log.Append(g, recs, func(err error) {
 		if err == nil {
-			c.flushed(k.h, recs)
+			c.flushed(k.h, kept)
 		}
 		durable(err)
 	})
