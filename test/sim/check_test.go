@@ -27,6 +27,9 @@ type groupCheck struct {
 	votesFrom  paxosgroup.Slot // there are none below
 	kv         *store
 
+	proposed     map[string]bool // payloads, by anybody
+	acknowledged []operationID   // as effective
+
 	void, terms, changes int
 	offeredAt            time.Duration
 }
@@ -39,7 +42,7 @@ type ballotVotes struct {
 
 func newGroupCheck(w *world, id paxosgroup.GroupID, first paxosgroup.Membership) *groupCheck {
 	return &groupCheck{
-		w: w, id: id, membership: first, order: newPrimaryOrder(), votes: map[vote]*ballotVotes{}, votesFrom: 1, kv: newStore(),
+		w: w, id: id, membership: first, order: newPrimaryOrder(), votes: map[vote]*ballotVotes{}, votesFrom: 1, kv: newStore(), proposed: map[string]bool{},
 	}
 }
 

@@ -75,9 +75,9 @@ func (w *world) offer(h *host, g paxosgroup.GroupID, size int) bool {
 	p.Answered = func(p *runner.Proposal) {
 		if p.Err == nil {
 			taken = true
-			w.group(g).offered(p)
 		}
 	}
+	w.group(g).proposed[string(p.Payload)] = true
 	h.turn(func(paxosgroup.Instant) { h.group(g).Propose(p) })
 	return taken
 }

@@ -288,6 +288,11 @@ func (k keeper) Group(g paxosgroup.GroupID) paxosgroup.Storage { return k.log.Gr
 
 func (k keeper) Append(g paxosgroup.GroupID, recs []paxosgroup.Record, durable func(error)) {
 	c, kept := k.h.w.group(g), slices.Clone(recs) // which are filled again meanwhile
+	for i := range recs {
+		if e := &recs[i].Entry; recs[i].Kind == paxosgroup.RecordAccept && e.Kind == paxosgroup.KindData && e.Term == recs[i].Ballot && e.Term.Replica == k.h.id {
+			c.offered(*e)
+		}
+	}
 	k.log.Append(g, recs, func(err error) {
 		if err == nil {
 			c.flushed(k.h, kept)

@@ -1,6 +1,7 @@
 package sim
 
 import (
+	"bytes"
 	"fmt"
 	"time"
 
@@ -159,14 +160,30 @@ func (cl *client) write(o *operation, h *host) {
 		Payload: encodeWrite(o.id, o.key, o.value, cl.w.rng.IntN(100)), Session: o.id.session, Sequence: o.id.sequence,
 	}
 	tries := cl.tries
+	p.Wait = cl.w.rng.IntN(2) == 0
 	p.Answered = func(p *runner.Proposal) {
-		if p.Err == nil {
-			cl.check.offered(p)
-		} else if cl.now == o && cl.tries == tries {
+		switch {
+		case p.Err == nil && p.Wait:
+			cl.told(o)
+		case p.Err == nil:
+		case cl.now == o && cl.tries == tries:
 			cl.again(o)
 		}
 	}
+	cl.check.proposed[string(p.Payload)] = true
 	h.group(cl.check.id).Propose(p)
+}
+
+// told is called when the host says that a write is effective, wherever the
+// client waits by now.
+func (cl *client) told(o *operation) {
+	if cl.now != o {
+		return
+	}
+	cl.check.acknowledged = append(cl.check.acknowledged, o.id)
+	o.done = cl.w.now
+	cl.now, cl.host = nil, nil
+	cl.think()
 }
 
 // applied tells clients of a group that wait at a host that it has applied more.
@@ -238,6 +255,11 @@ func (c *groupCheck) linearizable() error {
 			ops[o.key] = append(ops[o.key], op)
 		}
 	}
+	for _, id := range c.acknowledged {
+		if _, ok := c.kv.effective[id]; !ok {
+			return fmt.Errorf("group %d: write %d of session %d was acknowledged, and is not effective", c.id, id.sequence, id.session)
+		}
+	}
 	for key, history := range ops {
 		if porcupine.CheckOperationsTimeout(registerModel, history, 20*time.Second) == porcupine.Illegal {
 			return fmt.Errorf("group %d: what clients saw of register %d is not linearizable: %d operations%s", c.id, key, len(history), c.showHistory(key))
@@ -258,9 +280,16 @@ func (c *groupCheck) showHistory(key int) string {
 	return out
 }
 
-// offered takes in what a leader took and how it numbered it.
-func (c *groupCheck) offered(p *runner.Proposal) {
-	if err := c.order.offer(p.Term, p.Number, p.Payload); err != nil {
+// offered takes in what a leader hands to its log as its own, in the order in
+// which it does.
+func (c *groupCheck) offered(e paxosgroup.Entry) {
+	if !c.proposed[string(e.Payload)] {
+		c.fail("term %v: entry %d, %.20q, was proposed by nobody", e.Term, e.Number, e.Payload)
+	}
+	if have := c.order.offers[e.Term]; e.Number >= 1 && int(e.Number) <= len(have) && bytes.Equal(have[e.Number-1], e.Payload) {
+		return // once more, behind an image
+	}
+	if err := c.order.offer(e.Term, e.Number, e.Payload); err != nil {
 		c.fail("%w", err)
 	}
 }
