@@ -370,6 +370,11 @@ func (r *Replica) lapsed() bool {
 func (r *Replica) mayPropose(s Slot) {
 	l := &r.lead
 	invariant(r.promised == r.ballot, "proposing at %v with promise %v", r.ballot, r.promised)
+	if s <= r.chosen {
+		// Only told to those who were not sent it yet. It was chosen in another
+		// configuration, perhaps, than is in force by now.
+		return
+	}
 	promised := r.bits.set(l.promised)
 	if c := l.change; c != nil && c.at != 0 && c.at < s {
 		invariant(c.quorums.phase1(promised), "slot %d above the change at slot %d proposed at %v without its phase 1", s, c.at, r.ballot)

@@ -67,9 +67,17 @@ func (c *groupCheck) observe(h *host, g *runner.EngineGroup, v *view) {
 		c.delivered(h, v, ds)
 	}
 	lease := g.LeaseUntil()
-	if lease != v.leaseUntil {
+	if before := v.leaseUntil; lease != before {
 		v.leaseUntil = lease
 		c.lease(h)
+		if before == 0 { // whoever has just come to power is asked at once
+			life := h.life
+			c.w.after(0, func() {
+				if h.life == life {
+					c.ask(h)
+				}
+			})
+		}
 	}
 	if v.looks++; v.looks%32 == 0 {
 		c.status(h, g, v)

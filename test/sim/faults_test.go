@@ -104,7 +104,7 @@ func (c *chaos) strike(f fault) bool {
 		return !h.gone && h.engine != nil && c.strikeHost(f, h)
 	case "cut", "split", "isolate", "heal":
 		return c.strikeNetwork(f)
-	case "transfer", "resign", "change", "shortlived":
+	case "transfer", "resign", "change", "shortlived", "deaf", "stutter":
 		g := c.group(f.a)
 		l := c.w.leader(g.id)
 		return l != nil && c.strikeLeader(f, g, l)
@@ -133,11 +133,20 @@ func (c *chaos) strikeHost(f fault, h *host) bool {
 		h.suspend(f.lasts + 600*time.Millisecond) // less cannot be told from setting a clock
 	case "failflush":
 		h.failNext(simdisk.OpSync)
+		if f.c%2 == 0 { // and then the power goes, before or after a restart
+			w.after(f.lasts/8, func() {
+				if h.engine != nil && !c.over {
+					h.crash()
+					h.startAfter(f.lasts)
+				}
+			})
+		}
 	case "failwrite":
 		h.failNext(simdisk.OpWrite)
 	case "full":
 		h.shortUntil = w.now + f.lasts
 		h.disk.SetSpace(1)
+		h.planFlush()
 		w.after(f.lasts, func() { h.disk.SetSpace(0) })
 	case "truncate":
 		return c.truncate(f, h)
@@ -215,7 +224,8 @@ func (c *chaos) strikeLeader(f fault, g *groupCheck, l *host) bool {
 	did := false
 	switch f.kind {
 	case "transfer":
-		to := c.host(f.b).id
+		members := l.group(g.id).Status().Membership.Members
+		to := members[f.b%uint64(len(members))].ID
 		l.turn(func(now paxosgroup.Instant) { did = l.group(g.id).Transfer(now, to) == nil })
 	case "resign":
 		l.turn(func(now paxosgroup.Instant) { l.group(g.id).Resign(now) })
@@ -226,6 +236,28 @@ func (c *chaos) strikeLeader(f fault, g *groupCheck, l *host) bool {
 			return false
 		}
 		l.turn(func(now paxosgroup.Instant) { did = l.group(g.id).ChangeMembership(now, m) == nil })
+	case "deaf":
+		other := c.host(f.b)
+		c.w.cut[link{l.id, other.id}], c.w.cut[link{other.id, l.id}] = true, f.c%3 > 0
+		c.w.after(c.plan.lease/2+c.plan.lease*time.Duration(f.c%1000)/1000, func() {
+			if l.up() && !c.over {
+				l.pause(c.plan.lease/3 + f.lasts*2/3)
+			}
+		})
+		did = true
+	case "stutter":
+		for _, h := range c.w.hosts {
+			if h != c.host(f.b) {
+				c.w.cut[link{l.id, h.id}] = true
+			}
+		}
+		c.w.after(f.lasts/20, func() {
+			if f.c%2 == 0 && l.up() && !c.over {
+				l.crash()
+				l.startAfter(f.lasts)
+			}
+		})
+		did = true
 	case "shortlived":
 		l.crash()
 		l.startAfter(f.lasts)
@@ -377,6 +409,9 @@ func (c *chaos) end() {
 		h.disk.SetFault(nil)
 		h.disk.SetSpace(0)
 		h.shortUntil = w.now
+		if h.engine != nil {
+			h.planFlush()
+		}
 		if h.pausedUntil > w.now {
 			h.pausedUntil = w.now
 			h.wakeAt = 0

@@ -322,4 +322,14 @@ func (h *host) flush(life int) {
 	}
 	h.flushing = false
 	h.turn(func(paxosgroup.Instant) { h.log.Flush() })
+	if h.engine != nil && h.w.now < h.shortUntil+lookForRoom {
+		// A log that waits for room looks for it again and again.
+		h.w.after(lookForRoom, func() {
+			if h.life == life {
+				h.planFlush()
+			}
+		})
+	}
 }
+
+const lookForRoom = 100 * time.Millisecond

@@ -20,6 +20,7 @@ type plan struct {
 	preferred string
 	shared    bool // heartbeats
 	handBack  bool
+	lease     time.Duration
 	ppmMax    int64
 	loss      float64
 	repeat    float64
@@ -45,8 +46,8 @@ func (f fault) String() string {
 }
 
 func (p plan) String() string {
-	out := fmt.Sprintf("members %s, %d groups, %d clients each, preferred %q (hand back %v), shared beats %v, clocks within %d ppm\nloss %v, repeats %v, slow %v, delay up to %v, flush up to %v, bursts every %v, for %v",
-		showMembers(p.first), p.groups, p.clients, p.preferred, p.handBack, p.shared, p.ppmMax, p.loss, p.repeat, p.slow, p.delayMax, p.flushMax, p.bulkEvery, p.chaos)
+	out := fmt.Sprintf("members %s, %d groups, %d clients each, preferred %q (hand back %v), shared beats %v, leases of %v, clocks within %d ppm\nloss %v, repeats %v, slow %v, delay up to %v, flush up to %v, bursts every %v, for %v",
+		showMembers(p.first), p.groups, p.clients, p.preferred, p.handBack, p.shared, p.lease, p.ppmMax, p.loss, p.repeat, p.slow, p.delayMax, p.flushMax, p.bulkEvery, p.chaos)
 	for _, f := range p.faults {
 		out += "\n" + f.String()
 	}
@@ -76,7 +77,7 @@ var faultKinds = []struct {
 	{"split", 2 * time.Second},            // by the bits of a, in both directions or one
 	{"isolate", 3 * time.Second},          // the leader of group a, in both directions or one
 	{"heal", 1500 * time.Millisecond},     // all cuts
-	{"transfer", 2 * time.Second},         // leadership of group a to b
+	{"transfer", time.Second},             // leadership of group a to b
 	{"resign", 5 * time.Second},           // leader of group a
 	{"change", 500 * time.Millisecond},    // membership of group a
 	{"retire", 2 * time.Second},           // switch off whoever was removed from all groups
@@ -85,6 +86,8 @@ var faultKinds = []struct {
 	{"failwrite", 6 * time.Second},        // of host a
 	{"full", 5 * time.Second},             // the disk of host a
 	{"truncate", 1500 * time.Millisecond}, // the log of host a
+	{"deaf", 3 * time.Second},             // the leader of group a is cut off from b, and then stands still for about a lease
+	{"stutter", 2 * time.Second},          // the leader of group a reaches only b, and soon crashes or is cut off
 	{"shortlived", 4 * time.Second},       // the leader of group a crashes, and soon its successor
 }
 
@@ -94,8 +97,9 @@ func drawPlan(seed uint64) plan {
 	rng := rand.New(rand.NewPCG(seed, 0x91a2))
 	pick := func(of ...time.Duration) time.Duration { return of[rng.IntN(len(of))] }
 	p := plan{
-		seed: seed, first: voters(3 + rng.IntN(5)), groups: []int{1, 1, 2, 3}[rng.IntN(4)], clients: rng.IntN(4), ppmMax: 900, chaos: chaosFor,
+		seed: seed, first: voters(3 + rng.IntN(5)), groups: []int{1, 1, 2, 3}[rng.IntN(4)], clients: rng.IntN(5), ppmMax: 900, chaos: chaosFor,
 		shared: rng.IntN(3) > 0, handBack: rng.IntN(3) == 0,
+		lease:     pick(1500, 1500, 600) * time.Millisecond,
 		preferred: []string{"", "r1", "r2"}[rng.IntN(3)],
 		loss:      []float64{0, 0.01, 0.05, 0.2}[rng.IntN(4)],
 		repeat:    []float64{0, 0.02, 0.1}[rng.IntN(3)],

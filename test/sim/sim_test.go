@@ -140,6 +140,7 @@ func runSeeds(from uint64, n int, each func(uint64, result) bool) {
 func runPlan(p plan) (r result) {
 	w := newWorld(p.seed, p.first, p.groups, func(c *paxosgroup.Config) {
 		c.PreferredRegion, c.HandBack = p.preferred, p.handBack
+		c.LeaseDuration, c.HeartbeatInterval = p.lease, p.lease/15
 	})
 	w.shared = p.shared
 	c := &chaos{w: w, plan: p}

@@ -135,6 +135,8 @@ var table = []mutant{
 		"slotlog/log.go", "		gr.index.dropThrough(r.Base.Slot, func", "		through := r.Base.Slot\n		if ON {\n			through += 4\n		}\n		gr.index.dropThrough(through, func",
 	}}},
 	{name: "segment begins without promises", breaks: "the state at the start of a segment lacks the promise, which goes with the segments before", edits: []edit{{
+		"slotlog/record.go", "	case paxosgroup.RecordBase:\n		dst = appendBallot(dst, promised)\n", "	case paxosgroup.RecordBase:\n		if ON {\n			promised = paxosgroup.Ballot{}\n		}\n		dst = appendBallot(dst, promised)\n",
+	}, {
 		"slotlog/record.go", "func appendState(dst []byte, s state) []byte {\n", "func appendState(dst []byte, s state) []byte {\n	if ON {\n		s.promised = paxosgroup.Ballot{}\n	}\n",
 	}}},
 	{name: "failed flush is ignored", breaks: "callbacks are told that a flush that failed had succeeded", edits: []edit{{
