@@ -14,14 +14,14 @@ type edit struct{ file, before, after string }
 
 var table = []mutant{
 	{name: "answer before flush", breaks: "an acceptor answers when its records are handed to the log, not when they are flushed", edits: []edit{{
-		"runner/engine_group.go", "		d.after, d.ticket = rd.AfterSync, true\n",
-		"		if ON {\n			e.cfg.Transport.Send(g.id, rd.AfterSync)\n			rd.AfterSync = nil\n		}\n		d.after, d.ticket = rd.AfterSync, true\n",
+		"runner/engine_group.go", "		d.after, d.ticket = after, true\n",
+		"		if ON {\n			e.cfg.Transport.Send(g.id, after)\n			after = nil\n		}\n		d.after, d.ticket = after, true\n",
 	}}},
 	{name: "overtake earlier records", breaks: "messages that rest on earlier Readies' records are sent while these are unflushed", edits: []edit{{
-		"runner/engine_group.go", "case flush || len(rd.AfterSync) > 0 && g.unflushed > 0:", "case flush || !ON && len(rd.AfterSync) > 0 && g.unflushed > 0:",
+		"runner/engine_group.go", "case flush || len(after) > 0 && g.unflushed > 0:", "case flush || !ON && len(after) > 0 && g.unflushed > 0:",
 	}}},
 	{name: "count own acceptance unflushed", breaks: "a leader counts its own acceptance before its flush", edits: []edit{{
-		"leader.go", "	r.put(s, &slotState{ballot: r.ballot, entry: e})\n", "	r.put(s, &slotState{ballot: r.ballot, entry: e})\n	if ON && r.self >= 0 {\n		r.log[s].acks |= 1 << r.self\n	}\n",
+		"leader.go", "	r.put(s, r.ballot, &e)\n	l.tail", "	r.put(s, r.ballot, &e)\n	if ON && r.self >= 0 {\n		r.log.at(s).acks |= 1 << r.self\n	}\n	l.tail",
 	}}},
 	{name: "prepare before own promise", breaks: "a candidate sends Prepare before its own promise is flushed, and may use the ballot again", edits: []edit{{
 		"election.go", "	p.preparedAt = r.now\n	r.sendAfterSync(Message{", "	p.preparedAt = r.now\n	send := r.sendAfterSync\n	if ON {\n		send = r.send\n	}\n	send(Message{",
@@ -49,7 +49,7 @@ var table = []mutant{
 		"quorum.go", "			if x.Kind.votes() {\n				bit, ok", "			if x.Kind.votes() || ON {\n				bit, ok",
 	}}},
 	{name: "acks stay with the index", breaks: "acknowledgements of one replica count for another that got its index in a change", edits: []edit{{
-		"quorum.go", "				st.acks &^= 1 << p.index\n", "				if !ON {\n					st.acks &^= 1 << p.index\n				}\n",
+		"quorum.go", "				r.log.places[i].acks &^= 1 << p.index\n", "				if !ON {\n					r.log.places[i].acks &^= 1 << p.index\n				}\n",
 	}}},
 	{name: "no phase 1 with newcomers", breaks: "a change begins without the promises of a phase-1 quorum of the new members", edits: []edit{{
 		"reconfigure.go", "until <= r.now || !c.quorums.phase1(r.bits.set(r.lead.promised)) ||", "until <= r.now || !ON && !c.quorums.phase1(r.bits.set(r.lead.promised)) ||",
@@ -58,7 +58,7 @@ var table = []mutant{
 		"leader.go", "		case l.next <= l.recoveredMax:\n", "		case !ON && l.next <= l.recoveredMax:\n",
 	}}},
 	{name: "promise leaves out a slot", breaks: "a phase-1 answer leaves out the highest slot that was accepted", edits: []edit{{
-		"acceptor.go", "	for _, s := range r.slots() {\n		out.Accepted", "	for _, s := range r.slots() {\n		if ON && s == r.maxAccepted {\n			continue\n		}\n		out.Accepted",
+		"acceptor.go", "		st := r.log.at(s)\n		out.Accepted", "		if ON && s == r.maxAccepted {\n			continue\n		}\n		st := r.log.at(s)\n		out.Accepted",
 	}}},
 	{name: "do not wait for the chosen prefix", breaks: "phase 2 begins before the candidate knows what those who promised know as chosen, and so did not report", edits: []edit{{
 		"election.go", "&& r.chosen >= r.lead.promisedChosen\n", "&& (ON || r.chosen >= r.lead.promisedChosen)\n",
