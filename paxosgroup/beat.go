@@ -113,25 +113,46 @@ func (b *Beats) link(id ReplicaID) *beatLink {
 	return b.links[i]
 }
 
-func (k *beatLink) due(interval time.Duration) Instant {
+// due is when a link is to be beaten to: with all others in which something is
+// led, at one of the process's own points in time.
+func (b *Beats) due(k *beatLink) Instant {
 	switch {
-	case k.sharers > 0:
-	case k.heardAt == 0:
-		interval = max(interval, beatGreetingInterval)
-	default:
-		interval = beatProbeInterval
-	}
-	if k.sentAt == 0 {
+	case k.sentAt == 0:
 		return 0
+	case k.sharers > 0:
+		return b.point(k.sentAt).Add(b.interval)
+	case k.heardAt == 0:
+		return k.sentAt.Add(max(b.interval, beatGreetingInterval))
 	}
-	return k.sentAt.Add(interval)
+	return k.sentAt.Add(beatProbeInterval)
+}
+
+// point is the last point in time not after at. Points lie an interval apart,
+// and elsewhere in every process, lest all those of a machine wake at once.
+func (b *Beats) point(at Instant) Instant {
+	since := (at - Instant(b.life%uint64(b.interval))) % Instant(b.interval)
+	if since < 0 {
+		since += Instant(b.interval)
+	}
+	return at - since
+}
+
+// Gather returns when to tick a replica whose deadline is given: at the last
+// beat before, if there is one after now. A deadline that beats put off is then
+// seldom seen to come, and those that come near are looked at together. The
+// caller need not, and any tick may be early.
+func (b *Beats) Gather(now, deadline Instant) Instant {
+	if at := b.point(deadline); at > now {
+		return at
+	}
+	return deadline
 }
 
 // Tick returns the beats that are due, to be sent in group 0.
 func (b *Beats) Tick(now Instant) (out []Message) {
 	b.now = max(b.now, now)
 	for _, k := range b.links {
-		if k.due(b.interval) <= b.now {
+		if b.due(k) <= b.now {
 			k.sentAt = b.now
 			out = append(out, Message{Kind: MsgBeat, From: b.id, To: k.id, SentAt: b.now, Life: b.life, Generation: k.mine})
 		}
@@ -143,7 +164,7 @@ func (b *Beats) Tick(now Instant) (out []Message) {
 func (b *Beats) NextDeadline() (Instant, bool) {
 	var next Instant
 	for i, k := range b.links {
-		if due := k.due(b.interval); i == 0 || due < next {
+		if due := b.due(k); i == 0 || due < next {
 			next = due
 		}
 	}
@@ -368,6 +389,12 @@ func (r *Replica) cover(p *peer, m Message) {
 	}
 }
 
+// applies reports whether p has a database.
+func (r *Replica) applies(p *peer) bool {
+	m, _ := r.membership.Member(p.id)
+	return m.Kind != Witness
+}
+
 // heartbeatDue returns when p is to be sent a heartbeat of this group's own:
 // while beats stand for it, only if it has yet to say that it knows all that is
 // chosen, and has applied it. One that is silent is asked less often, as long as
@@ -376,10 +403,9 @@ func (r *Replica) heartbeatDue(p *peer, leased bool) (due Instant, ok bool) {
 	interval := r.cfg.HeartbeatInterval
 	if r.beats != nil && leased && r.settled && r.lead.change == nil {
 		covered := p.covering.life != 0
-		m, _ := r.membership.Member(p.id)
 		switch {
 		case covered && p.chosen < r.chosen:
-		case covered && p.applied < r.chosen && m.Kind != Witness:
+		case covered && p.applied < r.chosen && r.applies(p):
 			interval = max(interval, min(r.now.Sub(p.movedAt)/2, appliedAskMax))
 		case covered:
 			return 0, false

@@ -194,6 +194,7 @@ func TestHandBack(t *testing.T) {
 		if f.now-begun < handBackFor*1500*time.Millisecond {
 			t.Errorf("handed back after %v, before anybody could know that it stays", f.now-begun)
 		}
+		f.run(time.Second, nil) // its opening is chosen
 		terms := f.tenures[0]
 		f.run(time.Minute, func() bool { hand(f); return false })
 		if f.tenures[0] != terms {

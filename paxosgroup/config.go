@@ -91,3 +91,7 @@ func (c Config) validate() error {
 func (c Config) leaderLease() time.Duration {
 	return c.LeaseDuration - time.Duration(int64(c.LeaseDuration)/1_000_000*2*c.ClockDriftPPMMax) - 1
 }
+
+// leaseReserve is what is left of a lease when its holder does not rely on
+// shared beats any more to renew it.
+func (c Config) leaseReserve() time.Duration { return c.LeaseDuration / 3 }

@@ -326,7 +326,7 @@ func (r *Replica) sendHeartbeat(p *peer) {
 
 // sendHeartbeats asks those for a grant whom it is time to ask.
 func (r *Replica) sendHeartbeats() {
-	leased := r.leaseUntil(&r.quorums) > r.now.Add(r.cfg.LeaseDuration/2)
+	leased := r.leaseUntil(&r.quorums) > r.now.Add(r.cfg.leaseReserve())
 	for _, p := range r.peers {
 		if due, ok := r.heartbeatDue(p, leased); ok && r.now >= due {
 			r.sendHeartbeat(p)

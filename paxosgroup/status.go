@@ -106,17 +106,17 @@ func (r *Replica) NextDeadline() Instant {
 }
 
 // leaderDeadline is when a leader at rest has something to do: a heartbeat, or a
-// look at its lease before half of it has gone, when it is over, and when
+// look at its lease when little of it is left, when it is over, and when
 // leadership is.
 func (r *Replica) leaderDeadline() Instant {
 	until := r.leaseUntil(&r.quorums)
 	next := max(until, r.lead.since).Add(r.cfg.LeaseDuration + 1)
-	for _, at := range []Instant{until, until.Add(-r.cfg.LeaseDuration / 2)} {
+	for _, at := range [2]Instant{until, until.Add(-r.cfg.leaseReserve())} {
 		if until != 0 && at > r.now {
 			next = at
 		}
 	}
-	leased := until > r.now.Add(r.cfg.LeaseDuration/2)
+	leased := until > r.now.Add(r.cfg.leaseReserve())
 	for _, p := range r.peers {
 		if due, ok := r.heartbeatDue(p, leased); ok {
 			next = min(next, due)

@@ -43,18 +43,26 @@ func (e *Engine) beat(now paxosgroup.Instant) {
 	if out := e.beats.Tick(now); len(out) > 0 {
 		e.cfg.Transport.Send(0, out)
 	}
-	e.woken()
+	e.woken(now)
+}
+
+// gather has the deadlines of groups at rest fall upon those of beats.
+func (e *Engine) gather(now, deadline paxosgroup.Instant) paxosgroup.Instant {
+	if e.beats == nil {
+		return deadline
+	}
+	return e.beats.Gather(now, deadline)
 }
 
 // woken asks all groups anew when they are due, after the rare events that may
 // have brought that nearer. That it moved away needs no such thing: a group that
 // is ticked too soon says so.
-func (e *Engine) woken() {
+func (e *Engine) woken(now paxosgroup.Instant) {
 	if e.beats == nil || !e.beats.Woken() {
 		return
 	}
 	for _, g := range e.order {
-		if at := g.core.NextDeadline(); !g.dirty && at < g.deadline {
+		if at := e.gather(now, g.core.NextDeadline()); !g.dirty && at < g.deadline {
 			g.deadline = at
 			heap.Fix(&e.due, g.heapIndex)
 		}

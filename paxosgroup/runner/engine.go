@@ -268,7 +268,7 @@ func (e *Engine) Step(now paxosgroup.Instant) error {
 	rest := copy(e.dirty, e.dirty[n:])
 	clear(e.dirty[rest:])
 	e.dirty = e.dirty[:rest]
-	e.woken()
+	e.woken(now)
 	return nil
 }
 

@@ -147,24 +147,11 @@ func (g *EngineGroup) settle(now paxosgroup.Instant) {
 		g.pay(rd)
 	}
 	g.giveUpWaiting()
-	g.deadline = onGrid(now, g.core.NextDeadline())
+	g.deadline = e.gather(now, g.core.NextDeadline())
 	heap.Fix(&e.due, g.heapIndex)
 	if e.settled != nil {
 		e.settled(g)
 	}
-}
-
-// deadlineGrid is no more than what a core allows, which is to be ticked a
-// TickInterval late.
-const deadlineGrid = 10 * time.Millisecond
-
-// onGrid puts off a deadline that is not near to the next point of a grid, so
-// that many groups at rest wake the process once.
-func onGrid(now, at paxosgroup.Instant) paxosgroup.Instant {
-	if at == never || at < now.Add(2*deadlineGrid) {
-		return at
-	}
-	return at + paxosgroup.Instant(deadlineGrid) - 1 - (at-1)%paxosgroup.Instant(deadlineGrid)
 }
 
 // pay does what a Ready asks for.

@@ -51,7 +51,12 @@ func TestFullDiskIsWaitedOut(t *testing.T) {
 	if data, _ := payloads(t, g); len(data) >= 40 {
 		t.Errorf("%d entries learned by a full log", len(data))
 	}
-	// All are full: nobody leads. And then there is room.
+	// All are full: nobody leads. And then there is room. (What was not chosen
+	// before would not become effective any more.)
+	eventually(t, "the others have chosen what was proposed", 20*time.Second, func() bool {
+		data, _ := payloads(t, c.leader(1))
+		return len(data) >= 40
+	})
 	for _, l := range logs {
 		l.full.Store(true)
 	}

@@ -220,6 +220,11 @@ func (b *bench) thousand(ctx context.Context) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, c.stop()) }()
+	for _, p := range c.running() {
+		if _, err := p.do(command{Do: "gather"}); err != nil {
+			return err
+		}
+	}
 	pause(ctx, 5*time.Second)
 	before := make(map[*process]counters)
 	for _, p := range c.running() {
@@ -251,13 +256,9 @@ func (b *bench) thousand(ctx context.Context) (err error) {
 	b.report.add(figure{name: fmt.Sprintf("consensus_%d_groups_cpu", b.groups), quorate: cpu, peer: 2, target: "<=1", unit: "percent", peerIs: "the bound, of one core; the busiest process"})
 	b.report.add(figure{name: fmt.Sprintf("consensus_%d_groups_memory", b.groups), quorate: rss, peer: 200, target: "<=1", unit: "MiB", peerIs: "the bound; the largest process"})
 
-	for _, p := range c.running() {
-		do := []string{"finish", "gather"}
-		if b.profile == "" {
-			do = do[1:]
-		}
-		for _, d := range do {
-			if _, err := p.do(command{Do: d}); err != nil {
+	if b.profile != "" {
+		for _, p := range c.running() {
+			if _, err := p.do(command{Do: "finish"}); err != nil {
 				return err
 			}
 		}
