@@ -259,6 +259,14 @@ func (r *Replica) onPromise(m Message) {
 	if slices.Contains(r.lead.promised, m.From) {
 		return
 	}
+	if r.stage == proposing && m.Chosen > r.chosen {
+		// It does not report what it accepted in slots that are yet to be learned
+		// here, and nobody but its sender may ever tell: a promise to count on would
+		// stop this leader for as long as that one is away. Who promised before was
+		// enough to begin; if this promise is needed too, it is asked for again.
+		r.learnOf(m.Chosen, m.From)
+		return
+	}
 	for _, a := range m.Accepted {
 		r.recover(a)
 	}

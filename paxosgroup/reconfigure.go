@@ -188,7 +188,7 @@ func (r *Replica) dropChange() {
 // settle notices that a change is done: a phase-2 quorum of the configuration
 // has it as chosen, and keeps that over a crash, so that every phase-1 quorum of
 // it will find it, and nobody else is needed to. Till then those it left out are
-// told and served, and a leader among them leads.
+// told and served, and a leader among them, or one that it made a witness, leads.
 func (r *Replica) settle() {
 	if r.settled || r.membership.Joint() || !r.quorums.phase2(r.knowing(r.configAt)) {
 		return
@@ -198,13 +198,13 @@ func (r *Replica) settle() {
 		r.retiring = nil
 		r.connect()
 	}
-	if !r.membership.Votes(r.cfg.ID) {
+	if !r.membership.leads(r.cfg.ID) {
 		r.leave()
 	}
 }
 
-// leave hands the leadership of a replica that was removed to the voter that
-// has most.
+// leave hands the leadership of a replica that was removed, or has no database
+// any more, to the voter that has most.
 func (r *Replica) leave() {
 	var to *peer
 	for _, p := range r.peers {

@@ -464,3 +464,63 @@ func TestALeaderWithoutALeaseProposesNothing(t *testing.T) {
 		t.Errorf("a leadership that outlived its lease takes a proposal: %v", err)
 	}
 }
+
+// hear lets members answer all that was proposed, and that they have as chosen
+// what the leader has.
+func (l *lab) hear(ids ...ReplicaID) {
+	var slots []Slot
+	for s := Slot(1); s < l.r.lead.next; s++ {
+		slots = append(slots, s)
+	}
+	for _, id := range ids {
+		l.step(Message{Kind: MsgAccepted, From: id, Ballot: l.r.ballot, Slots: slots, Chosen: l.r.chosen})
+		l.grant(l.r.chosen, id)
+	}
+}
+
+// A leader that waits for somebody else's change to be chosen is told by one who
+// then dies that it has more as chosen than anybody else.
+func TestALatePromiseOfTheDeadDoesNotStopALeader(t *testing.T) {
+	l := newLab(t, 1, false)
+	old := Ballot{1, 5}
+	l.step(Message{Kind: MsgHeartbeat, From: 5, Ballot: old})
+	b := l.prepare()
+	out := five().Incoming()
+	m := voters(7, 1, 2, 3, 4)
+	m.Epoch, m.Outgoing = 1, &out
+	inherited := []AcceptedEntry{
+		{1, old, Entry{Kind: KindOpening, Term: old, Region: "r"}},
+		{2, old, Entry{Kind: KindConfig, Term: old, Region: "r", Payload: EncodeMembership(m)}},
+		{3, old, data(old, 1, "a")},
+	}
+	l.step(Message{Kind: MsgPromise, From: 2, Ballot: b, Accepted: inherited})
+	l.step(Message{Kind: MsgPromise, From: 3, Ballot: b, Accepted: inherited})
+	if l.r.lead.inheritedAt != 2 {
+		t.Fatal("it does not wait for the change")
+	}
+	l.step(Message{Kind: MsgPromise, From: 5, Ballot: b, Chosen: 3})
+	for range 10 {
+		l.pass(100 * time.Millisecond)
+		l.step(Message{Kind: MsgPromise, From: 4, Ballot: b})
+		l.hear(2, 3, 4)
+	}
+	if s := l.r.Status(); s.Role != Leader || s.Ballot != b || s.Judge.Term != b {
+		t.Errorf("it neither leads nor gives up: %+v", s)
+	}
+}
+
+func TestALeaderThatIsMadeAWitnessHandsOver(t *testing.T) {
+	l := newLab(t, 1, false)
+	b := l.lead()
+	m := five()
+	m.Members[0].Kind = Witness
+	l.change(m)
+	for range 10 {
+		if l.hear(2, 3); l.r.Status().Role == Leader {
+			l.pass(10 * time.Millisecond)
+		}
+	}
+	if s := l.r.Status(); s.Role == Leader || s.Membership.Epoch != 1 || s.Judge.Term != b {
+		t.Errorf("it leads with no database: %+v", s)
+	}
+}

@@ -46,7 +46,7 @@ func (r *Replica) tickTransfer() {
 	p := r.peer(t.to)
 	if p == nil || r.now >= t.until {
 		l.transfer = nil
-		if r.settled && !r.membership.Votes(r.cfg.ID) { // removed
+		if r.settled && !r.membership.leads(r.cfg.ID) { // removed, or a witness now
 			r.stepDown()
 		}
 		return

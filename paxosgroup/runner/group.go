@@ -174,6 +174,12 @@ func (g *Group) Transfer(ctx context.Context, to paxosgroup.ReplicaID) error {
 	}
 }
 
+// couldLead reports whether a replica votes and has a database.
+func couldLead(s paxosgroup.Status) bool {
+	x, ok := s.Membership.Member(s.ID)
+	return ok && x.Kind == paxosgroup.Voter
+}
+
 // ChangeMembership makes m the membership, whose epoch is set here, and returns
 // when that is done: it is in force, enough of its voters have it on disk, and
 // those it leaves out are not needed any more. Or it says why it is not: a change
@@ -196,7 +202,7 @@ func (g *Group) ChangeMembership(ctx context.Context, m paxosgroup.Membership) e
 	for {
 		changed := g.StatusChanged()
 		switch s := g.Status(); {
-		case s.Role != paxosgroup.Leader && s.Membership.Epoch > epoch && !s.Membership.Joint() && !s.Membership.Votes(s.ID):
+		case s.Role != paxosgroup.Leader && s.Membership.Epoch > epoch && !s.Membership.Joint() && !couldLead(s):
 			return nil // a leader that is left out leads until the change is done
 		case s.Role != paxosgroup.Leader:
 			return fail(&NotLeaderError{Leader: s.Leader, Ballot: s.Ballot})
