@@ -36,6 +36,8 @@
 //	                              then of the directory
 //	that a segment is gone        fsync of the directory, before the next one goes and
 //	                              before its file is written to in another life
+//	where a group of a set lives  in every directory of the set, before the group's
+//	                              first record is handed to a log
 //
 // What is not kept: leases (a restarted replica waits them out), what is applied
 // (the database keeps it), the index (built at start).
@@ -70,6 +72,23 @@
 // A start reads every segment once, judges the chosen entries on the way
 // (Restored.Judged) and keeps no payload of them. It took 1.2 s for each GiB from
 // the page cache on a loaded machine of two cores: go test -bench Recovery.
+//
+// # Several directories
+//
+// A Set is a log in each of several directories, meant for disks of their own;
+// nothing of one waits for another, but that Append blocks its caller when
+// QueueBytesMax wait for a disk that hangs. A group lives in one directory for
+// good. The file SET, which is replaced whole and flushed, says in each directory
+// which there are and which group lives where; all say the same, or one has it
+// newer, after a crash, about groups that have no record yet. So:
+//
+//   - A directory that is empty, not mounted or damaged is recognised, and the
+//     groups that lived there are known from any other: they are refused, not begun
+//     anew, while the rest go on.
+//   - A group is begun only while all directories are there.
+//   - A directory that holds groups must stay in the configuration, under whatever
+//     path; one without may go, and others may be added while all are there.
+//   - Open refuses a directory of a set, of which it would know a part.
 //
 // # Format, version 2
 //
@@ -118,6 +137,20 @@
 //	      5 base     promised ballot, base
 //	     16 state    promised ballot, chosen slot (8), base; at the start of a segment
 //	     17 seal     empty; group 0; the last record of a segment that has a successor
+//
+//	SET, made as SET.new and renamed
+//	  0  8  magic "QUORSET\n"
+//	  8  4  version, 1
+//	 12  4  number of this directory
+//	 16  8  the set: a random number
+//	 24  8  generation: the highest is the newest
+//	 32  4  number that no directory had yet
+//	 36  4  how many directories
+//	 40  4  how many groups
+//	 44     for each directory, as configured: number (4), 1 once it has this file
+//	        and groups may live there, else 0 (1), length of path (2), path;
+//	        for each group, ascending: group (4), number of its directory (4);
+//	        CRC-32C of all before (4)
 //
 //	ballot      counter (8), replica (4)
 //	entry       kind (1), term (ballot), number (8), incarnation (8), session and

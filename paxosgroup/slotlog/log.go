@@ -420,6 +420,13 @@ func (l *Log) fail(err error) {
 	l.room.Broadcast()
 }
 
+// Err returns the error that stopped the log for good, or nil.
+func (l *Log) Err() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.err
+}
+
 // Stats returns the counters.
 func (l *Log) Stats() Stats {
 	l.mu.Lock()

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"maps"
 	"os"
@@ -29,6 +30,15 @@ func Open(cfg Config) (*Log, map[paxosgroup.GroupID]paxosgroup.Restored, error) 
 	if err != nil {
 		return nil, nil, err
 	}
+	if err := refuseSet(cfg.FS, cfg.Dir); err != nil {
+		return nil, nil, errors.Join(err, lock.Close())
+	}
+	return openLocked(cfg, lock)
+}
+
+// openLocked opens the log of a directory that is locked. The lock goes with the log,
+// or with the error.
+func openLocked(cfg Config, lock io.Closer) (*Log, map[paxosgroup.GroupID]paxosgroup.Restored, error) {
 	l := &Log{
 		cfg:      cfg,
 		lock:     lock,

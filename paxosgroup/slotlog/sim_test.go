@@ -72,9 +72,17 @@ type world struct {
 	seed   uint64
 	rng    *rand.Rand
 	disk   *simdisk.Disk
-	log    *slotlog.Log
+	log    manual
 	groups []*model
 	err    error
+}
+
+// manual is a *slotlog.Log, or a *slotlog.Set.
+type manual interface {
+	Append(g paxosgroup.GroupID, recs []paxosgroup.Record, durable func(error))
+	Group(g paxosgroup.GroupID) paxosgroup.Storage
+	Flush() bool
+	Close() error
 }
 
 func newWorld(t *testing.T, seed uint64) *world {
@@ -213,13 +221,14 @@ func (w *world) open() {
 	}
 	w.log, w.err = l, nil
 	for g, m := range w.groups {
-		m.check(w, g, restored[paxosgroup.GroupID(g+1)])
+		m.check(w.t, l, w.seed, g, restored[paxosgroup.GroupID(g+1)])
 	}
 }
 
-func (m *model) check(w *world, g int, r paxosgroup.Restored) {
+func (m *model) check(t testing.TB, log manual, seed uint64, g int, r paxosgroup.Restored) {
 	fail := func(format string, args ...any) {
-		w.t.Errorf("seed %d: group %d: %s", w.seed, g+1, fmt.Sprintf(format, args...))
+		t.Helper()
+		t.Errorf("seed %d: group %d: %s", seed, g+1, fmt.Sprintf(format, args...))
 	}
 	if r.Promised.Less(m.promised[0]) {
 		fail("promised %v, was %v", r.Promised, m.promised[0])
@@ -234,7 +243,7 @@ func (m *model) check(w *world, g int, r paxosgroup.Restored) {
 	for _, a := range r.Accepted {
 		got[a.Slot] = string(a.Entry.Payload)
 	}
-	entries, err := w.log.Group(paxosgroup.GroupID(g+1)).Chosen(r.Base.Slot+1, r.Chosen, 1<<30)
+	entries, err := log.Group(paxosgroup.GroupID(g+1)).Chosen(r.Base.Slot+1, r.Chosen, 1<<30)
 	if err != nil {
 		fail("%v", err)
 	}
