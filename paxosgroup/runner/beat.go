@@ -62,6 +62,9 @@ func (e *Engine) woken(now paxosgroup.Instant) {
 		return
 	}
 	for _, g := range e.order {
+		if g.failure != nil {
+			continue
+		}
 		if at := e.gather(now, g.core.NextDeadline()); !g.dirty && at < g.deadline {
 			g.deadline = at
 			heap.Fix(&e.due, g.heapIndex)

@@ -26,13 +26,21 @@ type cluster struct {
 	addresses map[paxosgroup.ReplicaID]string
 	configure func(*GroupConfig)
 	between   func(paxosgroup.ReplicaID, Log) Log
+	open      func(paxosgroup.ReplicaID) (diskLog, map[paxosgroup.GroupID]paxosgroup.Restored, error)
+}
+
+// diskLog is a *slotlog.Log, or a *slotlog.Set.
+type diskLog interface {
+	Log
+	Stats() slotlog.Stats
+	Close() error
 }
 
 // node is one replica of every group.
 type node struct {
 	id        paxosgroup.ReplicaID
 	runner    *Runner
-	log       *slotlog.Log
+	log       diskLog
 	transport *peer.Transport
 	server    *grpc.Server
 	cancel    context.CancelFunc
@@ -48,7 +56,17 @@ func startCluster(t testing.TB, replicas, groups int, configure func(*GroupConfi
 // startClusterOn puts something between each runner and its log.
 func startClusterOn(t testing.TB, replicas, groups int, configure func(*GroupConfig), between func(paxosgroup.ReplicaID, Log) Log) *cluster {
 	t.Helper()
-	c := &cluster{between: between, t: t, dir: t.TempDir(), groups: groups, configure: configure, addresses: make(map[paxosgroup.ReplicaID]string)}
+	c := &cluster{between: between, t: t, dir: t.TempDir(), groups: groups, configure: configure}
+	c.open = func(id paxosgroup.ReplicaID) (diskLog, map[paxosgroup.GroupID]paxosgroup.Restored, error) {
+		return slotlog.Open(slotlog.Config{Dir: filepath.Join(c.dir, fmt.Sprint(id)), SegmentBytes: 4 << 20})
+	}
+	c.startAll(replicas)
+	return c
+}
+
+func (c *cluster) startAll(replicas int) {
+	t := c.t
+	c.addresses = make(map[paxosgroup.ReplicaID]string)
 	listeners := make([]net.Listener, replicas)
 	for i := range replicas {
 		listeners[i] = listen(t)
@@ -63,7 +81,6 @@ func startClusterOn(t testing.TB, replicas, groups int, configure func(*GroupCon
 			c.stop(i)
 		}
 	})
-	return c
 }
 
 func (c *cluster) membership() paxosgroup.Membership {
@@ -111,7 +128,7 @@ func (c *cluster) start(i int) {
 func (c *cluster) startOn(i int, listener net.Listener) {
 	c.t.Helper()
 	n := &node{id: paxosgroup.ReplicaID(i + 1), running: new(sync.WaitGroup)}
-	log, restored, err := slotlog.Open(slotlog.Config{Dir: filepath.Join(c.dir, fmt.Sprint(n.id)), SegmentBytes: 4 << 20})
+	log, restored, err := c.open(n.id)
 	if err != nil {
 		c.t.Fatal(err)
 	}

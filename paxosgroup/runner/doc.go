@@ -15,7 +15,9 @@
 //     waits while he holds them: neither Append nor Send blocks.
 //   - Messages of AfterSync leave only after every record of this and all
 //     earlier Readies of the group is flushed. If the log fails, none ever
-//     leaves and Run ends with the error.
+//     leaves and Run ends with the error; where the log has parts on several
+//     disks, the groups on the one that failed are stopped, and Run ends when all
+//     are.
 //   - Read is gapless: it returns consecutive slots, each with the verdict that
 //     judging the log from its base gives, whether the entry comes from memory or
 //     from disk.

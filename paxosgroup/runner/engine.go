@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -36,6 +37,19 @@ type finite interface {
 	// Full reports whether there is no room for the log to grow. It ends by
 	// itself.
 	Full() bool
+}
+
+// divided is a Log of several parts, of which each may fail or fill by itself: the
+// groups on it are stopped, or wait, and the others go on.
+type divided interface {
+	// Place sees to it that the groups have a part to be on, and is called before
+	// anything else is asked for them. An error, for one group, says that it cannot
+	// be run.
+	Place(groups ...paxosgroup.GroupID) error
+	// Lost says why what a group appends is not kept any more, or nil.
+	Lost(g paxosgroup.GroupID) error
+	// FullFor is Full of the part that the group is on.
+	FullFor(g paxosgroup.GroupID) bool
 }
 
 // Config says what an engine drives.
@@ -117,8 +131,11 @@ type Engine struct {
 	missed  missedTime
 	done    []done
 	withLog atomic.Int64 // Appends that were not called back yet, or not heard of
+	finite  finite       // the log, if it may be full
+	divided divided      // the log, if it has parts
 	failure error
-	full    bool // the log is
+	failed  bool // a group is
+	full    bool // the log is, or a part of it
 	stats   Stats
 
 	// A Runner's: none of them changes what the engine does.
@@ -157,6 +174,13 @@ func newEngine(e *Engine, now paxosgroup.Instant) (*Engine, error) {
 	if e.durable == nil {
 		e.durable = func(d done) { e.done = append(e.done, d) }
 	}
+	log := e.cfg.Log
+	if t, ok := log.(tracedLog); ok {
+		log = t.Log
+	}
+	e.finite, _ = log.(finite)
+	e.divided, _ = log.(divided)
+	e.place(e.cfg.Groups)
 	for _, gc := range e.cfg.Groups {
 		if _, err := e.AddGroup(now, gc); err != nil {
 			return nil, err
@@ -165,8 +189,21 @@ func newEngine(e *Engine, now paxosgroup.Instant) (*Engine, error) {
 	return e, nil
 }
 
+// place places many groups at once, which is quicker than one by one. What is
+// wrong with any is found again with it.
+func (e *Engine) place(groups []GroupConfig) {
+	if e.divided == nil {
+		return
+	}
+	ids := make([]paxosgroup.GroupID, len(groups))
+	for i, gc := range groups {
+		ids[i] = gc.Core.Group
+	}
+	e.divided.Place(ids...)
+}
+
 // AddGroup drives one more group, restored from what the log held when it was
-// opened.
+// opened. One that the log cannot keep is there and has failed; see Failed.
 func (e *Engine) AddGroup(now paxosgroup.Instant, gc GroupConfig) (*EngineGroup, error) {
 	if e.groups[gc.Core.Group] != nil {
 		return nil, fmt.Errorf("runner: group %d is here already", gc.Core.Group)
@@ -189,6 +226,7 @@ func (e *Engine) admit(g *EngineGroup) error {
 		return err
 	}
 	heap.Push(&e.due, g)
+	e.failed = e.failed || g.failure != nil
 	e.touch(g)
 	return nil
 }
@@ -213,7 +251,7 @@ func (e *Engine) Deliver(now paxosgroup.Instant, _ paxosgroup.ReplicaID, batch [
 			e.stats.Unknown++
 			continue
 		}
-		if e.full && grows(batch[i].Message.Kind) {
+		if g.failure != nil || g.full && grows(batch[i].Message.Kind) {
 			e.stats.Unstored++
 			continue
 		}
@@ -240,10 +278,13 @@ func (e *Engine) Wall(now paxosgroup.Instant, wall time.Time) {
 	}
 }
 
-// Step does everything that is due. It returns the error that stopped the log,
-// and does nothing from then on.
+// Step does everything that is due. It returns the error that stopped the log, or
+// all parts of it that groups are on, and does nothing from then on.
 func (e *Engine) Step(now paxosgroup.Instant) error {
 	e.payDone(now)
+	if e.failed && e.failure == nil && !slices.ContainsFunc(e.order, func(g *EngineGroup) bool { return g.failure == nil }) {
+		e.failure = e.order[0].failure
+	}
 	if e.failure != nil {
 		return e.failure
 	}
@@ -288,24 +329,50 @@ func grows(k paxosgroup.MessageKind) bool {
 // time; a replica with a full log leads nothing, since it could not accept what it
 // proposes, and another that can takes over.
 func (e *Engine) lookForRoom(now paxosgroup.Instant) {
-	l, ok := e.cfg.Log.(finite)
-	if !ok {
+	if e.finite == nil {
 		return
 	}
-	full := l.Full()
-	if full == e.full {
+	full := e.finite.Full()
+	if !full && !e.full {
 		return
+	}
+	if full != e.full {
+		if full {
+			e.cfg.Logger.Error("the disk of the log is full: nothing is proposed, accepted or promised by the groups on it until there is room; free some")
+		} else {
+			e.cfg.Logger.Info("the log has room again")
+		}
 	}
 	e.full = full
-	if full {
-		e.cfg.Logger.Error("the disk of the log is full: nothing is proposed, accepted or promised until there is room; free some")
-	} else {
-		e.cfg.Logger.Info("the log has room again")
-	}
 	for _, g := range e.order {
-		g.SetElectable(g.electable)
-		if full {
-			g.Resign(now)
+		if its := full && (e.divided == nil || e.divided.FullFor(g.id)); its != g.full {
+			g.full = its
+			g.SetElectable(g.electable)
+			if its {
+				g.Resign(now)
+			}
+		}
+	}
+}
+
+// stopped takes in that what a group appended is not kept. The part of the log
+// that it is on is lost, and with it the others there: they need not try first.
+func (e *Engine) stopped(now paxosgroup.Instant, g *EngineGroup, err error) {
+	if g.failure != nil {
+		return
+	}
+	err = fmt.Errorf("persist records of group %d: %w", g.id, err)
+	if e.divided == nil {
+		g.failure = err
+		if e.failure == nil {
+			e.failure = err
+		}
+		return
+	}
+	g.fail(now, err)
+	for _, other := range e.order {
+		if err := e.divided.Lost(other.id); err != nil {
+			other.fail(now, err)
 		}
 	}
 }
@@ -320,12 +387,7 @@ func (e *Engine) payDone(now paxosgroup.Instant) {
 		if d.err != nil {
 			// What is with the log behind it fails as well, and what may have
 			// been flushed is not counted: nothing may leave that rests on it.
-			if g.failure == nil {
-				g.failure = fmt.Errorf("persist records of group %d: %w", g.id, d.err)
-			}
-			if e.failure == nil {
-				e.failure = g.failure
-			}
+			e.stopped(now, g, d.err)
 			continue
 		}
 		if g.failure != nil {

@@ -29,7 +29,8 @@ type EngineGroup struct {
 	// unflushed counts the Readies whose records are with the log and not
 	// flushed. While there are any, every AfterSync goes by way of the log.
 	unflushed int
-	failure   error // of the log; nothing is paid from then on
+	failure   error // of the log; nothing is taken or paid from then on
+	full      bool  // the disk that the group is on
 	electable bool  // as far as the database goes
 	proposals proposals
 	reads     map[uint64]func(paxosgroup.Slot, error) // that wait; nil if none do
@@ -57,7 +58,15 @@ func (e *Engine) newGroup(now paxosgroup.Instant, gc GroupConfig, guard sync.Loc
 	if gc.WaitingMax == 0 {
 		gc.WaitingMax = waitingDefault
 	}
+	var lost error
+	if e.divided != nil {
+		lost = e.divided.Place(id)
+	}
 	restored, known := e.cfg.Restored[id]
+	if lost != nil {
+		// What is here in its place knows nothing, is asked nothing and says nothing.
+		restored, known, gc.Bootstrap = paxosgroup.Restored{}, false, paxosgroup.Membership{}
+	}
 	bootstraps := !known && len(gc.Bootstrap.Members) > 0
 	if known {
 		gc.Core.RestartedWithState = true
@@ -90,6 +99,11 @@ func (e *Engine) newGroup(now paxosgroup.Instant, gc GroupConfig, guard sync.Loc
 		return fail(err)
 	}
 	g.core = core
+	if lost != nil {
+		e.cfg.Logger.Error("a group cannot be run", "group", id, "err", lost)
+		g.failure, g.deadline = &FailedError{id, lost}, never
+		return g, nil
+	}
 	g.deadline = core.NextDeadline()
 	if err := g.rebuild(core.Status()); err != nil {
 		return fail(err)
@@ -128,6 +142,47 @@ func (g *EngineGroup) rebuild(s paxosgroup.Status) error {
 	return nil
 }
 
+// FailedError says that a group is stopped on this replica, because what it has
+// to keep is not kept: it takes no messages and sends none until a restart. Other
+// groups go on. It is a paxosgroup.ErrNotLeader, for another replica may lead.
+type FailedError struct {
+	Group paxosgroup.GroupID
+	Err   error // of the log
+}
+
+func (e *FailedError) Error() string {
+	return fmt.Sprintf("group %d is stopped on this replica until it is restarted: %v", e.Group, e.Err)
+}
+
+func (e *FailedError) Unwrap() []error { return []error{e.Err, paxosgroup.ErrNotLeader} }
+
+// fail stops the group for good, and answers everyone who waits.
+func (g *EngineGroup) fail(now paxosgroup.Instant, err error) {
+	if g.failure != nil {
+		return
+	}
+	e := g.engine
+	e.cfg.Logger.Error("a group stops: its log has", "group", g.id, "err", err)
+	g.failure = &FailedError{g.id, err}
+	// For its Status and its heartbeats, which others share. What this has the core
+	// say is never asked for.
+	g.core.Resign(now)
+	g.failProposals(g.failure)
+	g.failReads(g.failure)
+	g.deadline = never
+	if e.groups[g.id] != g {
+		return // it has yet to be admitted
+	}
+	e.failed = true
+	heap.Fix(&e.due, g.heapIndex)
+	if e.settled != nil {
+		e.settled(g)
+	}
+}
+
+// Failed returns a *FailedError if the group is stopped, else nil.
+func (g *EngineGroup) Failed() error { return g.failure }
+
 // ID returns the group's.
 func (g *EngineGroup) ID() paxosgroup.GroupID { return g.id }
 
@@ -137,6 +192,9 @@ func (g *EngineGroup) Status() paxosgroup.Status { return g.core.Status() }
 // settle takes what proposals there is room for and pays what the core owes.
 func (g *EngineGroup) settle(now paxosgroup.Instant) {
 	e := g.engine
+	if g.failure != nil {
+		return // shown already
+	}
 	g.core.SetApplied(paxosgroup.Slot(g.applied.Load()))
 	for {
 		g.offer(now)
@@ -335,7 +393,7 @@ func (g *EngineGroup) BaseAt(slot paxosgroup.Slot) (paxosgroup.Base, error) {
 // SetElectable says whether the database could lead; see paxosgroup.
 func (g *EngineGroup) SetElectable(ok bool) {
 	g.electable = ok
-	g.core.SetElectable(ok && !g.engine.full)
+	g.core.SetElectable(ok && !g.full)
 	g.engine.touch(g)
 }
 
@@ -358,6 +416,9 @@ func (g *EngineGroup) Restart(now paxosgroup.Instant, b paxosgroup.Base) error {
 	if err := b.Membership.Validate(); err != nil {
 		return fmt.Errorf("restart group %d at slot %d: %w", g.id, b.Slot, err)
 	}
+	if g.failure != nil {
+		return g.failure
+	}
 	g.core.Restart(now, b)
 	g.engine.touch(g)
 	return nil
@@ -366,6 +427,9 @@ func (g *EngineGroup) Restart(now paxosgroup.Instant, b paxosgroup.Base) error {
 // Truncate cuts the log at and below a chosen slot; below the base it does
 // nothing. The entries are not readable from then on.
 func (g *EngineGroup) Truncate(now paxosgroup.Instant, slot paxosgroup.Slot) error {
+	if g.failure != nil {
+		return g.failure
+	}
 	if slot <= g.core.Status().Base {
 		return nil
 	}
@@ -381,6 +445,9 @@ func (g *EngineGroup) Truncate(now paxosgroup.Instant, slot paxosgroup.Slot) err
 // Transfer begins to hand leadership to another voter; Status tells whether it
 // leads, or has not taken over.
 func (g *EngineGroup) Transfer(now paxosgroup.Instant, to paxosgroup.ReplicaID) error {
+	if g.failure != nil {
+		return g.failure
+	}
 	err := g.core.Transfer(now, to)
 	g.engine.touch(g)
 	return g.notLeader(err)
@@ -389,6 +456,9 @@ func (g *EngineGroup) Transfer(now paxosgroup.Instant, to paxosgroup.ReplicaID) 
 // ChangeMembership begins a change to m, whose epoch is set here; Status shows
 // when it is in force.
 func (g *EngineGroup) ChangeMembership(now paxosgroup.Instant, m paxosgroup.Membership) error {
+	if g.failure != nil {
+		return g.failure
+	}
 	err := g.core.ProposeMembership(now, m)
 	g.engine.touch(g)
 	return g.notLeader(err)

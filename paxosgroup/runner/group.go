@@ -20,6 +20,7 @@ type Group struct {
 	lease  time.Duration
 
 	status atomic.Pointer[paxosgroup.Status]
+	failed atomic.Pointer[error] // nil as long as it has not
 
 	mu            sync.Mutex    // the engine group's guard too
 	chosenMoved   chan struct{} // nil if nobody watches
@@ -46,7 +47,7 @@ const statusAgeMax = 5 * time.Millisecond
 // progress only now and then, since a Status has to be made anew each time.
 func (g *Group) publish(now paxosgroup.Instant) {
 	brief := g.engine.core.Brief()
-	turned := brief != g.brief
+	turned := brief != g.brief || g.engine.failure != nil && g.failed.Load() == nil
 	if !turned && now.Sub(g.publishedAt) < statusAgeMax && g.status.Load() != nil {
 		if !g.stale {
 			g.stale = true
@@ -56,6 +57,9 @@ func (g *Group) publish(now paxosgroup.Instant) {
 	}
 	s := g.engine.core.Status()
 	g.status.Store(&s)
+	if g.engine.failure != nil {
+		g.failed.Store(&g.engine.failure)
+	}
 	g.brief, g.publishedAt, g.stale = brief, now, false
 	if !turned {
 		return
@@ -72,7 +76,17 @@ func (g *Group) publish(now paxosgroup.Instant) {
 // now, the rest at most 5 ms old. It costs a load. What it points to is shared and must not be changed.
 func (g *Group) Status() paxosgroup.Status { return *g.status.Load() }
 
-// StatusChanged returns a channel that is closed when role, ballot, leader,
+// Failed returns a *FailedError if the group is stopped here, because its part of
+// the log is lost; else nil. Status shows it as a follower then, and no news.
+// StatusChanged tells.
+func (g *Group) Failed() error {
+	if err := g.failed.Load(); err != nil {
+		return *err
+	}
+	return nil
+}
+
+// StatusChanged returns a channel that is closed when the group fails, or when role, ballot, leader,
 // membership, base or term of the judge change next, or a lease comes or goes.
 // Take it before looking at Status.
 func (g *Group) StatusChanged() <-chan struct{} {

@@ -201,6 +201,10 @@ func (g *EngineGroup) giveUpWaiting() {
 // Propose hands in an entry, to be offered to the core at the next Step and
 // answered then or, if there is no room in the window, when there is.
 func (g *EngineGroup) Propose(p *Proposal) {
+	if g.failure != nil {
+		p.reject(g.failure)
+		return
+	}
 	w := &g.proposals
 	if len(w.waiting) >= w.max {
 		p.reject(fmt.Errorf("%w: %d (make fewer, or come again later)", ErrBusy, len(w.waiting)))
@@ -259,7 +263,7 @@ func (g *EngineGroup) take(now paxosgroup.Instant, p *Proposal) (paxosgroup.Ball
 		p.Slot = g.recent.find(p.Session, p.Sequence)
 		return paxosgroup.Ballot{}, 0, nil
 	}
-	if g.engine.full {
+	if g.full {
 		b := g.core.Brief()
 		return b.Ballot, 0, fmt.Errorf("%w: %w", ErrFull, &NotLeaderError{Leader: b.Leader, Ballot: b.Ballot})
 	}
@@ -296,7 +300,7 @@ var proposalPool = sync.Pool{New: func() any {
 // the leader's term. It waits for room in the window, in order of arrival. That
 // the entry is proposed says nothing of its being chosen: read the log for that.
 // An error means that it was not proposed: a *NotLeaderError, ErrBusy,
-// ErrFull, ErrStopped or the end of ctx. The payload must not be changed afterwards.
+// ErrFull, a *FailedError, ErrStopped or the end of ctx. The payload must not be changed afterwards.
 func (g *Group) Propose(ctx context.Context, payload []byte) (term paxosgroup.Ballot, number uint64, err error) {
 	return g.proposeIn(ctx, paxosgroup.Ballot{}, payload)
 }

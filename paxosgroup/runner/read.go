@@ -24,6 +24,9 @@ const readsMax = 4096
 // ErrUnconfirmed after two lease durations at the latest. ErrReadsBusy says that
 // too many wait, and that answer will not be called.
 func (g *EngineGroup) ReadIndex(now paxosgroup.Instant, answer func(paxosgroup.Slot, error)) error {
+	if g.failure != nil {
+		return g.failure
+	}
 	if len(g.reads) >= readsMax {
 		return ErrReadsBusy
 	}
@@ -66,7 +69,7 @@ func (g *EngineGroup) failReads(err error) {
 // trip to a quorum, which many calls share; a follower asks the leader. The slot
 // may be above what Chosen shows here: wait for it. It may be called on any
 // replica, and returns ErrUnconfirmed after two lease durations, ErrReadsBusy if
-// 4096 wait, ErrStopped, or why ctx ended.
+// 4096 wait, a *FailedError, ErrStopped, or why ctx ended.
 func (g *Group) ReadIndex(ctx context.Context) (paxosgroup.Slot, error) {
 	type result struct {
 		slot paxosgroup.Slot

@@ -44,7 +44,7 @@ type Stats struct {
 	Refused     uint64 // messages that a core would not take
 	Batches     uint64 // sets of records handed to the log that needed a flush
 	Delivered   uint64 // entries
-	Unstored    uint64 // messages not taken because the log was full
+	Unstored    uint64 // messages not taken because the log was full, or the group had failed
 	MissedTimes uint64 // the wall clock was found ahead of the boot clock
 }
 
@@ -143,6 +143,7 @@ func New(cfg Config) (*Runner, error) {
 	if err != nil {
 		return nil, err
 	}
+	r.engine.place(cfg.Groups)
 	for _, gc := range cfg.Groups {
 		if groups[gc.Core.Group] != nil {
 			return nil, fmt.Errorf("runner: group %d is configured twice", gc.Core.Group)
@@ -321,8 +322,8 @@ func (r *Runner) Stats() Stats {
 	return s
 }
 
-// Run drives the groups until ctx ends or the log fails, which it returns. It
-// may be called once. When it returns, nobody holds the engine or will.
+// Run drives the groups until ctx ends or the log fails, which it returns; of a
+// log in several parts, until those of all groups have. It may be called once. When it returns, nobody holds the engine or will.
 func (r *Runner) Run(ctx context.Context) error {
 	defer r.stop()
 	r.mu.Lock()
@@ -483,11 +484,6 @@ func (r *Runner) stop() {
 type tracedLog struct {
 	Log
 	runner *Runner
-}
-
-func (l tracedLog) Full() bool {
-	f, ok := l.Log.(finite)
-	return ok && f.Full()
 }
 
 func (l tracedLog) Append(g paxosgroup.GroupID, recs []paxosgroup.Record, durable func(error)) {
