@@ -363,7 +363,6 @@ func (e *Engine) stopped(now paxosgroup.Instant, g *EngineGroup, err error) {
 	}
 	err = fmt.Errorf("persist records of group %d: %w", g.id, err)
 	if e.divided == nil {
-		g.failure = err
 		if e.failure == nil {
 			e.failure = err
 		}
@@ -390,7 +389,7 @@ func (e *Engine) payDone(now paxosgroup.Instant) {
 			e.stopped(now, g, d.err)
 			continue
 		}
-		if g.failure != nil {
+		if g.failure != nil || e.failure != nil {
 			continue
 		}
 		if d.ticket {

@@ -29,7 +29,7 @@ type EngineGroup struct {
 	// unflushed counts the Readies whose records are with the log and not
 	// flushed. While there are any, every AfterSync goes by way of the log.
 	unflushed int
-	failure   error // of the log; nothing is taken or paid from then on
+	failure   error // a *FailedError: of the part of the log; nothing is taken or paid from then on
 	full      bool  // the disk that the group is on
 	electable bool  // as far as the database goes
 	proposals proposals
