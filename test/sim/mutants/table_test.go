@@ -142,7 +142,7 @@ var table = []mutant{
 	{name: "failed flush is ignored", breaks: "callbacks are told that a flush that failed had succeeded", edits: []edit{{
 		"slotlog/writer.go", "	if dirty != nil {\n		if err := l.sync(dirty); err != nil {\n", "	if dirty != nil {\n		if err := l.sync(dirty); err != nil && !ON {\n",
 	}}},
-	{name: "no flush at all", breaks: "records are written and never flushed", edits: []edit{{
+	{name: "no flush at all", seed: 7, breaks: "records are written and never flushed", edits: []edit{{
 		"slotlog/writer.go", "	if dirty != nil {\n", "	if dirty != nil && !ON {\n",
 	}}},
 	{name: "torn record is taken", breaks: "recovery takes what it can read of a batch that was cut short", edits: []edit{{
