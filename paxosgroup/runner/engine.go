@@ -393,7 +393,9 @@ func (e *Engine) payDone(now paxosgroup.Instant) {
 			continue
 		}
 		if d.ticket {
-			g.unflushed--
+			if g.unflushed--; g.unflushed == 0 && len(g.proposals.waiting) > 0 {
+				e.touch(g)
+			}
 		}
 		if len(d.after) > 0 {
 			e.cfg.Transport.Send(g.id, d.after)

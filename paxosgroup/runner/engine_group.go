@@ -206,6 +206,9 @@ func (g *EngineGroup) settle(now paxosgroup.Instant) {
 	}
 	g.giveUpWaiting()
 	g.deadline = e.gather(now, g.core.NextDeadline())
+	if g.gathers(now) {
+		g.deadline = min(g.deadline, g.proposals.heldUntil)
+	}
 	heap.Fix(&e.due, g.heapIndex)
 	if e.settled != nil {
 		e.settled(g)

@@ -7,6 +7,7 @@ import (
 	"runtime"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"quorate/paxosgroup"
 )
@@ -107,8 +108,9 @@ func (e *UnknownOutcomeError) Unwrap() error { return ErrUnknownOutcome }
 // flight, to become effective. Since numbers are dense in a term, those in
 // flight are a queue, of which each entry that has its turn takes the first.
 type proposals struct {
-	max     int
-	waiting []*Proposal
+	max       int
+	waiting   []*Proposal
+	heldUntil paxosgroup.Instant // those waiting gather until then; 0 if they do not
 
 	term     paxosgroup.Ballot // of those in flight
 	inFlight ring              // nil where nobody waits
@@ -214,8 +216,30 @@ func (g *EngineGroup) Propose(p *Proposal) {
 	g.engine.touch(g)
 }
 
+// gatherTime is for how long proposals are held at most while those before them
+// are on their way to the disk.
+const gatherTime = time.Millisecond
+
+// gathers reports whether proposals are held, so that what comes during a flush
+// makes one message to each follower and one more flush. At rest nothing is; and
+// the disk may be slow, where those of a quorum are not: so not for long.
+func (g *EngineGroup) gathers(now paxosgroup.Instant) bool {
+	w := &g.proposals
+	if g.unflushed == 0 || len(w.waiting) == 0 {
+		w.heldUntil = 0
+		return false
+	}
+	if w.heldUntil == 0 {
+		w.heldUntil = now.Add(gatherTime)
+	}
+	return now < w.heldUntil
+}
+
 // offer hands over what the window has room for.
 func (g *EngineGroup) offer(now paxosgroup.Instant) {
+	if g.gathers(now) {
+		return
+	}
 	w := &g.proposals
 	n, last := 0, len(w.waiting) // those that callbacks add come later
 	for ; n < last; n++ {
@@ -250,6 +274,9 @@ func (g *EngineGroup) offer(now paxosgroup.Instant) {
 	rest := copy(w.waiting, w.waiting[n:])
 	clear(w.waiting[rest:])
 	w.waiting = w.waiting[:rest]
+	if rest == 0 {
+		w.heldUntil = 0
+	}
 }
 
 // take has the core take one proposal.

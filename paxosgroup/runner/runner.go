@@ -221,10 +221,16 @@ func (r *Runner) Deliver(_ paxosgroup.ReplicaID, batch []peer.GroupMessage) {
 	r.left(true)
 }
 
-// propose queues a proposal. A proposer does the work himself only if nothing is
-// on its way to the disk: while a flush is, others that come gather with it.
+// propose queues a proposal. A proposer does the work himself if nothing is on
+// its way to the disk. Else it is done when the log has called back, or after
+// gatherTime: those that come meanwhile are done together.
 func (r *Runner) propose(g *EngineGroup, p *Proposal) {
 	r.mu.Lock()
+	if !r.stopped && !r.busy && !r.resting {
+		r.queue.calls = append(r.queue.calls, call{group: g, proposal: p})
+		r.mu.Unlock()
+		return
+	}
 	r.submit(call{group: g, proposal: p}, r.resting)
 }
 
@@ -432,6 +438,9 @@ func (r *Runner) step(q *queue) error {
 		next = never
 	}
 	next = min(next, r.publishStale())
+	if e.withLog.Load() > 0 {
+		next = min(next, r.now.Add(gatherTime)) // see propose
+	}
 	if next < r.armed {
 		// One that is set too early rings for nothing and is set anew.
 		r.armed = next

@@ -68,7 +68,11 @@ func (c *chaos) bulk() {
 
 // offer proposes the next payload through a host, and reports whether it was
 // taken at once.
-func (w *world) offer(h *host, g paxosgroup.GroupID, size int) bool {
+func (w *world) offer(h *host, g paxosgroup.GroupID, size int) bool { return *w.hand(h, g, size) }
+
+// hand is offer; what it returns turns true when the entry is taken, which may
+// be when what was proposed before is flushed.
+func (w *world) hand(h *host, g paxosgroup.GroupID, size int) *bool {
 	w.offers++
 	taken := false
 	p := &runner.Proposal{Payload: fmtPayload(w.offers, size)}
@@ -79,7 +83,7 @@ func (w *world) offer(h *host, g paxosgroup.GroupID, size int) bool {
 	}
 	w.group(g).proposed[string(p.Payload)] = true
 	h.turn(func(paxosgroup.Instant) { h.group(g).Propose(p) })
-	return taken
+	return &taken
 }
 
 func (c *chaos) host(n uint64) *host { return c.w.hosts[int(n%uint64(len(c.w.hosts)))] }

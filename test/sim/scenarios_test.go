@@ -41,7 +41,7 @@ func (w *world) isolate(id paxosgroup.ReplicaID) {
 
 func (w *world) mustOffer(t *testing.T, n *host) {
 	t.Helper()
-	if !w.offer(n, 1, 8) {
+	if taken := w.hand(n, 1, 8); !w.runUntil(5*time.Millisecond, func() bool { return *taken }) {
 		t.Fatalf("host %d takes no proposal", n.id)
 	}
 }
