@@ -5,7 +5,6 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promauto"
 
 	"quorate/paxosgroup/runner"
-	"quorate/paxosgroup/slotlog"
 )
 
 // metrics are what Prometheus is told beside what admin derives from status.
@@ -29,7 +28,7 @@ func newMetrics(reg *prometheus.Registry) *metrics {
 	}
 }
 
-func (m *metrics) watch(reg *prometheus.Registry, log *slotlog.Log, group *runner.Group) {
+func (m *metrics) watch(reg *prometheus.Registry, log durableLog, group *runner.Group) {
 	f := promauto.With(reg)
 	counter := func(name, help string, v func() float64) {
 		f.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: help}, v)

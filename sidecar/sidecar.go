@@ -20,7 +20,6 @@ import (
 	"quorate/paxosgroup"
 	"quorate/paxosgroup/peer"
 	"quorate/paxosgroup/runner"
-	"quorate/paxosgroup/slotlog"
 	"quorate/replication/catalog"
 	"quorate/sidecar/admin"
 	"quorate/sidecar/config"
@@ -59,16 +58,16 @@ func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	if id != nil && (id.Cluster != cfg.Cluster || id.Region != cfg.Region) {
 		return fmt.Errorf("data_dir %s belongs to region %s of cluster %s, the configuration names region %s of cluster %s", cfg.DataDir, id.Region, id.Cluster, cfg.Region, cfg.Cluster)
 	}
-	slots, restored, err := slotlog.Open(slotlog.Config{Dir: cfg.Log.Dir, SegmentBytes: int64(cfg.Log.SegmentBytes), Logger: log})
+	slots, restored, err := openLog(&cfg, log)
 	if err != nil {
-		return fmt.Errorf("log: %w", err)
+		return err
 	}
 	defer func() { slots.Close() }()
 	if _, has := restored[mainGroup]; has && id == nil {
-		return fmt.Errorf("log.dir %s holds a log, but %s has no %s: they belong together; if the identity is lost, move both away and start again: the region then joins as a new replica", cfg.Log.Dir, cfg.DataDir, identityFile)
+		return fmt.Errorf("%s holds a log, but %s has no %s: they belong together; if the identity is lost, move both away and start again: the region then joins as a new replica", cfg.Log.Where(), cfg.DataDir, identityFile)
 	}
 	if _, has := restored[mainGroup]; !has && id != nil && id.Began {
-		return fmt.Errorf("the log in log.dir %s is lost, and with it what this replica promised: it must not vote again. Bring the log back, or move data_dir %s away and empty the database: the region then joins as a new replica", cfg.Log.Dir, cfg.DataDir)
+		return fmt.Errorf("the log in %s is lost, and with it what this replica promised: it must not vote again. Bring the log back, or move data_dir %s away and empty the database: the region then joins as a new replica", cfg.Log.Where(), cfg.DataDir)
 	}
 	var db *database // nil in a witness
 	if cfg.Own().HasDatabase() {
@@ -156,20 +155,21 @@ func enter(ctx context.Context, cfg *config.Config, member *membership, first *f
 
 // join gives a sidecar that lost its disk an image of the database, and a log
 // that starts where the image stands.
-func join(ctx context.Context, cfg *config.Config, id *identity, member *membership, slots *slotlog.Log, begun bool, db *database, peers *regionClients, say func(string), log *slog.Logger) (*slotlog.Log, map[paxosgroup.GroupID]paxosgroup.Restored, error) {
+func join(ctx context.Context, cfg *config.Config, id *identity, member *membership, slots durableLog, begun bool, db *database, peers *regionClients, say func(string), log *slog.Logger) (durableLog, map[paxosgroup.GroupID]paxosgroup.Restored, error) {
 	if begun {
 		// An earlier try ended between the log's beginning and its being noted.
 		// Nothing was ever promised in it.
 		if err := slots.Close(); err != nil {
 			return slots, nil, fmt.Errorf("log: %w", err)
 		}
-		if err := os.RemoveAll(cfg.Log.Dir); err != nil {
+		if err := removeLog(cfg.Log); err != nil {
 			return slots, nil, fmt.Errorf("log: %w", err)
 		}
-		var err error
-		if slots, _, err = slotlog.Open(slotlog.Config{Dir: cfg.Log.Dir, SegmentBytes: int64(cfg.Log.SegmentBytes), Logger: log}); err != nil {
-			return slots, nil, fmt.Errorf("log: %w", err)
+		again, _, err := openLog(cfg, log)
+		if err != nil {
+			return slots, nil, err
 		}
+		slots = again
 	}
 	var base paxosgroup.Base
 	var err error
@@ -194,10 +194,11 @@ func join(ctx context.Context, cfg *config.Config, id *identity, member *members
 	if err := slots.Close(); err != nil {
 		return slots, nil, fmt.Errorf("log: %w", err)
 	}
-	slots, restored, err := slotlog.Open(slotlog.Config{Dir: cfg.Log.Dir, SegmentBytes: int64(cfg.Log.SegmentBytes), Logger: log})
+	again, restored, err := openLog(cfg, log)
 	if err != nil {
-		return slots, nil, fmt.Errorf("log: %w", err)
+		return slots, nil, err
 	}
+	slots = again
 	err = member.update(func(now *identity) (*identity, error) {
 		joined := *now
 		joined.Life, joined.Began = sidecarpb.Life_LIFE_MEMBER, true
@@ -208,7 +209,7 @@ func join(ctx context.Context, cfg *config.Config, id *identity, member *members
 }
 
 // startLog makes the group's log begin at a base, durably.
-func startLog(slots *slotlog.Log, base paxosgroup.Base) error {
+func startLog(slots durableLog, base paxosgroup.Base) error {
 	flushed := make(chan error, 1)
 	slots.Append(mainGroup, []paxosgroup.Record{{Kind: paxosgroup.RecordBase, Base: &base}}, func(err error) { flushed <- err })
 	if err := <-flushed; err != nil {
@@ -219,7 +220,7 @@ func startLog(slots *slotlog.Log, base paxosgroup.Base) error {
 
 // takePart runs the consensus group and the database of a member.
 func takePart(ctx context.Context, cfg *config.Config, id identity, member *membership, back *backend, db *database, peers *regionClients,
-	slots *slotlog.Log, restored map[paxosgroup.GroupID]paxosgroup.Restored, registry *prometheus.Registry, log *slog.Logger) error {
+	slots durableLog, restored map[paxosgroup.GroupID]paxosgroup.Restored, registry *prometheus.Registry, log *slog.Logger) error {
 	first, err := paxosgroup.DecodeMembership(id.Membership)
 	if err != nil {
 		return fmt.Errorf("%s: %w", identityFile, err)

@@ -2,6 +2,7 @@ package config
 
 import (
 	"path/filepath"
+	"strings"
 	"time"
 )
 
@@ -124,6 +125,11 @@ type Log struct {
 	// Dir is an absolute path; where it is not given, it is the directory log
 	// in data_dir. A disk of its own keeps its flushes quick.
 	Dir string `yaml:"dir"`
+	// Dirs lists absolute paths of directories on different disks, in the place of
+	// dir: each has flushes of its own, and the loss of one stops only the groups
+	// that live there. New groups go where the fewest are. A directory can be
+	// added, and taken out while no group lives there.
+	Dirs []string `yaml:"dirs,omitempty"`
 	// SegmentBytes is the size at which a new file is begun.
 	SegmentBytes ByteSize `yaml:"segment_bytes"`
 	// KeepBytes is how much of the log stays although nobody needs it. What is
@@ -133,6 +139,14 @@ type Log struct {
 	// down, which are then seeded anew. It is never cut past what this region's own
 	// database has on disk.
 	MaxBytes ByteSize `yaml:"max_bytes"`
+}
+
+// Where names the directories with their setting.
+func (l Log) Where() string {
+	if len(l.Dirs) > 0 {
+		return "log.dirs " + strings.Join(l.Dirs, ", ")
+	}
+	return "log.dir " + l.Dir
 }
 
 // Capture configures reading the local server's changes.
@@ -199,7 +213,7 @@ type Logging struct {
 }
 
 // Default returns the configuration with every default and nothing that has none.
-// Log.Dir is left empty: it follows DataDir.
+// Log.Dir is left empty: it follows DataDir where Log.Dirs is empty.
 func Default() Config {
 	return Config{
 		DurabilityRegions: -1,
@@ -231,7 +245,10 @@ func Default() Config {
 
 // fill completes what follows from other settings.
 func (c *Config) fill() {
-	if c.Log.Dir == "" && c.DataDir != "" {
+	if len(c.Log.Dirs) == 0 {
+		c.Log.Dirs = nil
+	}
+	if c.Log.Dir == "" && c.Log.Dirs == nil && c.DataDir != "" {
 		c.Log.Dir = filepath.Join(c.DataDir, "log")
 	}
 	for i := range c.Regions {

@@ -70,7 +70,7 @@ func TestEverySetting(t *testing.T) {
 		PreferredLeader: "a", LeaderHandBack: true, DurabilityRegions: 1,
 		Consensus: Consensus{HeartbeatInterval: 50 * time.Millisecond, ElectionTimeoutMin: 700 * time.Millisecond, LeaseDuration: 900 * time.Millisecond,
 			ClockDriftPPMMax: 7, WindowSlotsMax: 99, WindowBytesMax: 5 << 20, Phase1Quorum: 3, Phase2Quorum: 2},
-		Log:            Log{Dir: "/l", SegmentBytes: 3 << 20, KeepBytes: 5 << 20, MaxBytes: 99 << 20},
+		Log:            Log{Dirs: []string{"/l", "/m/log"}, SegmentBytes: 3 << 20, KeepBytes: 5 << 20, MaxBytes: 99 << 20},
 		Capture:        Capture{FragmentBytesMax: 100_000},
 		Replay:         Replay{BatchBytesMax: 2 << 20, LockTimeout: 250 * time.Millisecond, MaxReaderDelay: 3 * time.Second},
 		Snapshot:       Snapshot{Parallel: 9},
@@ -79,10 +79,14 @@ func TestEverySetting(t *testing.T) {
 		TransactionLog: TransactionLog{MaxAge: time.Hour, MaxBytes: 2 << 20},
 		Logging:        Logging{Level: "debug", Format: "text"},
 	}
+	zeros := 0
 	for _, v := range leaves(reflect.ValueOf(want)) {
 		if v.IsZero() {
-			t.Fatalf("a setting of this test is zero: %+v", want)
+			zeros++
 		}
+	}
+	if zeros != 1 { // of log.dir and log.dirs one is given
+		t.Fatalf("%d settings of this test are zero: %+v", zeros, want)
 	}
 	text, err := yaml.Marshal(want)
 	if err != nil {
@@ -215,7 +219,7 @@ regions:
 		{
 			name: "limits and choices",
 			text: minimal + `snapshot: {parallel: 0}
-log: {segment_bytes: 1B, dir: here}
+log: {segment_bytes: 1B, dir: here, dirs: [/a, b, /a/]}
 replay: {lock_timeout: 0s, max_reader_delay: 0s}
 consensus: {window_bytes_max: 64MiB, clock_drift_ppm_max: 0}
 tracing: {otlp: "collector:4317", sample_ratio: 1.5}
@@ -225,6 +229,9 @@ logging: {level: loud, format: xml}
 			want: []string{
 				`f:12: snapshot.parallel: 0 is not between 1 and 64`,
 				`f:13: log.dir: "here" is relative; give an absolute path`,
+				`f:13: log.dirs: given beside log.dir; name all directories here and leave log.dir out`,
+				`f:13: log.dirs[1]: "b" is relative; give an absolute path`,
+				`f:13: log.dirs[2]: "/a/" is listed twice; first as log.dirs[0]`,
 				`f:13: log.segment_bytes: 1B is not between 1MiB and 2GiB`,
 				`f:14: replay.lock_timeout: 0s is not between 1ms and 1m0s`,
 				`f:14: replay.max_reader_delay: 0s is not between 1ms and 24h0m0s`,

@@ -49,6 +49,10 @@ func keys(t reflect.Type, section string) []string {
 		case reflect.Struct:
 			all = append(all, keys(ft, key)...)
 		case reflect.Slice:
+			if ft.Elem().Kind() != reflect.Struct {
+				all = append(all, key)
+				continue
+			}
 			all = append(all, keys(ft.Elem(), key+"[]")...)
 		default:
 			all = append(all, key)
@@ -95,6 +99,10 @@ func section(b *strings.Builder, comments map[string]string, prefix, typeName st
 		case reflect.Struct:
 			below = append(below, nested{key, f.Type.Name(), v.Field(i)})
 		case reflect.Slice:
+			if f.Type.Elem().Kind() != reflect.Struct {
+				fmt.Fprintf(b, "| `%s` | none | %s |\n", key, comments[typeName+"."+f.Name])
+				continue
+			}
 			below = append(below, nested{key + "[]", f.Type.Elem().Name(), reflect.Zero(f.Type.Elem())})
 		default:
 			fmt.Fprintf(b, "| `%s` | %s | %s |\n", key, defaultText(key, v.Field(i)), comments[typeName+"."+f.Name])

@@ -16,6 +16,7 @@ import (
 const (
 	nameLengthMax = 32
 	regionsMax    = 9
+	logDirsMax    = 64
 	// windowBytesLimit keeps a promise, which may carry about twice the window,
 	// within what one message between sidecars can hold (64 MiB).
 	windowBytesLimit = 24 << 20
@@ -61,6 +62,7 @@ func (d *decoder) validate(c Config) {
 	if c.Log.Dir != "" {
 		d.absolute("log.dir", c.Log.Dir)
 	}
+	d.logDirs(c.Log)
 	between(d, "log.segment_bytes", c.Log.SegmentBytes, 1<<20, 2<<30)
 	between(d, "log.keep_bytes", c.Log.KeepBytes, 1<<20, 1<<50)
 	between(d, "log.max_bytes", c.Log.MaxBytes, 1<<20, 1<<50)
@@ -97,6 +99,25 @@ func (d *decoder) absolute(key, path string) {
 		d.report(key, "missing; give an absolute path")
 	case !filepath.IsAbs(path):
 		d.report(key, "%q is relative; give an absolute path", path)
+	}
+}
+
+func (d *decoder) logDirs(l Log) {
+	if l.Dir != "" && len(l.Dirs) > 0 {
+		d.report("log.dirs", "given beside log.dir; name all directories here and leave log.dir out")
+	}
+	if len(l.Dirs) > logDirsMax {
+		d.report("log.dirs", "%d directories; at most %d are possible", len(l.Dirs), logDirsMax)
+	}
+	listed := map[string]int{}
+	for i, dir := range l.Dirs {
+		key := fmt.Sprintf("log.dirs[%d]", i)
+		d.absolute(key, dir)
+		if first, ok := listed[filepath.Clean(dir)]; ok {
+			d.report(key, "%q is listed twice; first as log.dirs[%d]", dir, first)
+		} else {
+			listed[filepath.Clean(dir)] = i
+		}
 	}
 }
 
