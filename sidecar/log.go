@@ -42,6 +42,18 @@ func openLog(cfg *config.Config, log *slog.Logger) (durableLog, map[paxosgroup.G
 	return set, restored, nil
 }
 
+// roomOf tells whether the disk that this sidecar's group lives on is full, and
+// whether there is no room on it for the log's next file.
+func roomOf(l durableLog) (full, low bool) {
+	switch l := l.(type) {
+	case *slotlog.Log:
+		return l.Full(), l.Low()
+	case *slotlog.Set:
+		return l.FullFor(mainGroup), l.LowFor(mainGroup)
+	}
+	return false, false
+}
+
 // removeLog removes the files of a log that is closed. Directories that somebody
 // listed stay: they may be mount points.
 func removeLog(l config.Log) error {

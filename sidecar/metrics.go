@@ -41,5 +41,14 @@ func (m *metrics) watch(reg *prometheus.Registry, log durableLog, group *runner.
 	}
 	gauge("quorate_log_base_slot", "The log begins behind this slot.", func() float64 { return float64(group.Status().Base) })
 	gauge("quorate_log_segments", "Files of the durable log, each of log.segment_bytes.", func() float64 { return float64(log.Stats().Segments) })
+	gauge("quorate_log_full", "1: the disk of the log is full and this region accepts nothing; 0.5: there is no room for the log's next file; 0: there is.", func() float64 {
+		switch full, low := roomOf(log); {
+		case full:
+			return 1
+		case low:
+			return 0.5
+		}
+		return 0
+	})
 	counter("quorate_void_entries_total", "Entries delivered void since start.", func() float64 { return float64(group.Status().Void) })
 }

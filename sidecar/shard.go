@@ -89,6 +89,7 @@ type shard struct {
 	images    []*heldImage    // shipped, or just now: the log is kept for them
 	publisher *feed.Publisher // of this region; nil until there is one
 	logBytes  func() int64    // that the log takes on disk
+	logRoom   func() (full, low bool)
 
 	// What capture handed over and PostgreSQL was not yet told.
 	stream     *capture.Stream

@@ -260,6 +260,7 @@ func takePart(ctx context.Context, cfg *config.Config, id identity, member *memb
 	s := newShard(cfg, tracer, m, log)
 	s.clusterID, s.others = id.ClusterID, back
 	s.logBytes = func() int64 { return int64(slots.Stats().Segments) * int64(cfg.Log.SegmentBytes) }
+	s.logRoom = func() (full, low bool) { return roomOf(slots) }
 	var run *runner.Runner
 	superseded := make(chan string, 1)
 	transport, err := peer.New(peer.Config{
@@ -352,6 +353,7 @@ func takePart(ctx context.Context, cfg *config.Config, id identity, member *memb
 		g.Go(func() error { return s.witness(ctx) })
 	} else {
 		g.Go(func() error { return s.live(ctx, db, member) })
+		g.Go(func() error { return s.leadElsewhere(ctx) })
 	}
 	if cfg.Feed.Enabled && db != nil {
 		g.Go(func() error { return s.runFeed(ctx) })

@@ -201,12 +201,18 @@ func (s *shard) regionStatus() admin.RegionStatus {
 	case r.Role == admin.RoleLeader && r.LeaseLeft == 0:
 		r.Healthy, r.Health = false, "no quorum of regions answers: writes wait"
 	case r.Role == admin.RoleCandidate || r.Leader == "":
-		r.Healthy, r.Health = false, "no leader is heard of: there is none, or this region is cut off"
+		r.Healthy, r.Health = false, "no leader is heard of: there is none, or this region is cut off, or it is no longer a member"
 	}
 	if r.Healthy && r.Role == admin.RoleLeader {
 		if _, changes := wantedMembership(s.cfg, st.Membership); len(changes) > 0 {
 			r.Health = "ok, but region.yaml asks for another membership, which paxosctl member apply would make: " + strings.Join(changes, ", ")
 		}
+	}
+	switch full, low := s.logRoom(); {
+	case full:
+		r.Healthy, r.Health = false, "the disk of "+s.cfg.Log.Where()+" is full: this region accepts nothing and does not lead until there is room; free some, it goes on by itself"
+	case low:
+		r.Healthy, r.Health = false, "the disk of "+s.cfg.Log.Where()+" has no room for the next file of the log: this region should not lead, and will soon accept nothing; free some"
 	}
 	if s.divergent != "" {
 		r.Healthy, r.Health = false, s.divergent
@@ -351,6 +357,15 @@ func (s *shard) leave(ctx context.Context) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, leaveWithin)
 	defer cancel()
+	if !s.transferToAny(ctx) {
+		s.group.Resign()
+	}
+}
+
+// transferToAny hands leadership to the region that has applied most of those
+// that take it, and reports whether one did.
+func (s *shard) transferToAny(ctx context.Context) bool {
+	st := s.group.Status()
 	peers := slices.Clone(st.Peers)
 	slices.SortFunc(peers, func(a, b paxosgroup.PeerStatus) int { return cmp.Compare(b.Applied, a.Applied) })
 	for _, p := range peers {
@@ -364,12 +379,12 @@ func (s *shard) leave(ctx context.Context) {
 			pause, err := s.transfer(ctx, m.Region)
 			if err == nil {
 				s.log.Info("leadership handed over", "to", m.Region, "pause", pause)
-				return
+				return true
 			}
 			s.log.Warn("leadership was not taken", "by", m.Region, "err", err)
 		}
 	}
-	s.group.Resign()
+	return false
 }
 
 // ReadLog implements admin.Backend.

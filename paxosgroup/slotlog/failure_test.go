@@ -79,7 +79,7 @@ func TestFullDisk(t *testing.T) {
 	}
 	slot++
 	appendWait(t, l, 1, accept(slot, 1, "goes on"))
-	if l.Full() || flushed.Load() != int64(slot)-1 {
+	if l.Full() || l.Low() || flushed.Load() != int64(slot)-1 {
 		t.Fatalf("full %v, %d of %d acknowledged", l.Full(), flushed.Load(), slot)
 	}
 	l.Close()
@@ -126,6 +126,9 @@ func fillToReserve(l *Log) (slot paxosgroup.Slot) {
 		slot++
 		l.Append(1, []paxosgroup.Record{accept(slot, 1, strings.Repeat("x", 10_000))}, func(error) {})
 		time.Sleep(2 * time.Millisecond)
+	}
+	if !l.Low() {
+		panic("full, and yet there is room for the next segment")
 	}
 	return slot
 }

@@ -106,6 +106,7 @@ type Log struct {
 
 	// What keeps the log from taking more; see Full.
 	full      atomic.Bool
+	low       atomic.Bool // spareless, for everybody
 	spareless bool        // there is no room for the next segment
 	blocked   bool        // what is queued waits for one
 	retry     bool        // it is time to look again
@@ -188,8 +189,15 @@ func (l *Log) Append(g paxosgroup.GroupID, recs []paxosgroup.Record, durable fun
 // log can be read. It ends by itself when there is room. It costs a load.
 func (l *Log) Full() bool { return l.full.Load() }
 
-// setFull brings Full up to date. Called with mu held.
+// Low reports whether the disk has no room for the next segment, so that the log
+// will be Full when the last is filled. Who can have others do the appending
+// should, while there is room for what is under way. It ends by itself when there
+// is room. It costs a load.
+func (l *Log) Low() bool { return l.low.Load() }
+
+// setFull brings Full and Low up to date. Called with mu held.
 func (l *Log) setFull() {
+	l.low.Store(l.spareless)
 	full := l.blocked
 	if l.spareless {
 		last, end := l.segments[len(l.segments)-1], l.offset

@@ -536,6 +536,12 @@ func (s *Set) FullFor(g paxosgroup.GroupID) bool {
 	return p != nil && p.log != nil && p.log.Full()
 }
 
+// LowFor is Low of the disk that the group lives on.
+func (s *Set) LowFor(g paxosgroup.GroupID) bool {
+	p := s.part(g)
+	return p != nil && p.log != nil && p.log.Low()
+}
+
 // Flush is Log.Flush of each, in order.
 func (s *Set) Flush() bool {
 	did := false

@@ -260,7 +260,12 @@ func (l *Log) prepare() {
 func (l *Log) makeNext() preparedFile {
 	p, err := makeFile(l.cfg.FS, l.cfg.Dir, preparedName, l.cfg.SegmentBytes)
 	if err != nil {
-		l.cfg.Logger.Warn("slot log cannot prepare its next segment", "dir", l.cfg.Dir, "err", err)
+		l.mu.Lock()
+		known := l.spareless
+		l.mu.Unlock()
+		if !known { // it is tried again every RetryInterval
+			l.cfg.Logger.Warn("slot log cannot prepare its next segment", "dir", l.cfg.Dir, "err", err)
+		}
 	}
 	return p
 }

@@ -2,9 +2,11 @@ package cluster
 
 import (
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"io/fs"
 	"math/rand/v2"
 	"net"
@@ -18,6 +20,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 	"go.yaml.in/yaml/v3"
 	"golang.org/x/sys/unix"
 
@@ -585,7 +588,7 @@ func TestReadOnlyDataDir(t *testing.T) {
 		unmount(t, s.dataDir())
 	})
 	s.start()
-	s.awaitEnd("write identity", s.dataDir(), "read-only file system", "data_dir must be writable")
+	s.awaitEnd("identity.json", s.dataDir(), "read-only file system", "data_dir must be writable")
 	mount(t, "tmpfs", s.dataDir(), "tmpfs", unix.MS_REMOUNT, "")
 	s.start()
 	s.awaitWritable()
@@ -750,9 +753,15 @@ func TestDamagedLog(t *testing.T) {
 		// nobody was told that it is durable.
 		const sector = 512
 		at := (end/sector + 2) * sector
-		for i := range sector {
+		for i := range sector - 4 {
 			content[at+i] = byte(i) | 1
 		}
+		// Its stamp, which says that it was written in this life of the file.
+		number := make([]byte, 16)
+		binary.LittleEndian.PutUint64(number, 1)
+		binary.LittleEndian.PutUint64(number[8:], uint64(at/sector))
+		crc := crc32.Update(1, crc32.MakeTable(crc32.Castagnoli), number)
+		binary.LittleEndian.PutUint32(content[at+sector-4:], 1<<16|uint32(uint16(crc>>16)^uint16(crc)|1))
 		writeFile(t, path, content)
 		s.start()
 		s.awaitWritable()
@@ -849,10 +858,12 @@ func mount(t testing.TB, source, target, kind string, flags uintptr, data string
 	}
 }
 
-// Three regions: the leader's disk is full, later a follower's log is damaged
-// for good. The others go on, and each region comes back by the mend it named.
+// Three regions: the leader's disk is full twice, once in the middle of a large
+// transaction, later a follower's log is damaged for good. The others go on, and
+// each region comes back, by itself or by the mend it named.
 func TestFullDiskAndLostLogOfOneRegion(t *testing.T) {
 	needMounts(t)
+	t.Parallel() // it mostly waits
 	var sites []*site
 	for _, name := range []string{"r1", "r2", "r3"} {
 		s := newSite(t, "demo", name, newServer(t, nil))
@@ -872,54 +883,82 @@ func TestFullDiskAndLostLogOfOneRegion(t *testing.T) {
 	for _, s := range sites {
 		s.start()
 	}
-	r1.awaitWritable()
+	if l := leaderOf(t, sites...); l != r1 {
+		transfer(t, l, r1)
+	}
 	r1.run("CREATE TABLE t (id int PRIMARY KEY, filler text)")
 
-	// Write until no more is acknowledged.
-	acked := 0
-	func() {
-		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
-		defer cancel()
-		go func() {
-			<-r1.ended
-			cancel() // nobody will ever confirm what waits now
-		}()
-		conn, err := pgx.Connect(ctx, r1.server.DSN("app"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer conn.Close(context.Background())
-		for {
-			_, err := conn.Exec(ctx, "INSERT INTO t SELECT $1::int, string_agg(md5($1::int::text || n), '') FROM generate_series(1, 3000) n", acked+1)
-			if ctx.Err() != nil {
-				return
-			}
-			if err != nil {
-				t.Fatalf("row %d: %v", acked+1, err)
-			}
-			acked++
-		}
-	}()
-	r1.awaitEnd("no room on the disk of the slot log", "free some, then restart the sidecar", "no space left on device")
+	// Write until r1 takes no more: with room left for what is under way it hands
+	// leadership over, and nobody is left waiting.
+	acked := fillDisk(t, r1, 1, 1000)
 	if acked < 10 {
 		t.Errorf("%d rows were acknowledged before the disk was full; that is no test", acked)
 	}
 	leader := leaderOf(t, r2, r3)
 	acked = holdsAll(t, leader, acked)
-	leader.run("INSERT INTO t VALUES (1000, 'while the disk of r1 is full')")
-
-	// Still full: it says so again, and breaks nothing.
-	r1.start()
-	select {
-	case <-r1.ended:
-		r1.awaitEnd("no room on the disk of the slot log", "free some, then restart the sidecar")
-	case <-time.After(time.Second):
-		r1.kill()
+	if n := acked + 30; fillDisk(t, leader, acked+1, n) != n {
+		t.Error("the others do not go on")
+	} else {
+		acked = n
 	}
-	mount(t, "tmpfs", r1.logDir(), "tmpfs", unix.MS_REMOUNT, "size=64m")
-	r1.start()
+	r1.awaitFull()
+	mount(t, "tmpfs", r1.logDir(), "tmpfs", unix.MS_REMOUNT, "size=10m")
 	awaitSame(t, sites...)
 	holdsAll(t, r1, acked)
+
+	// A transaction for which the whole disk is too small. It is in doubt while
+	// there is no room: nobody else has to wait for that.
+	transfer(t, leader, r1)
+	doubt := make(chan error, 1)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	conn, err := pgx.Connect(ctx, r1.server.DSN("app"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(context.WithoutCancel(ctx))
+	go func() {
+		_, err := conn.Exec(ctx, "INSERT INTO t SELECT 2000 + i, (SELECT string_agg(md5(i::text || n), '') FROM generate_series(1, 3000) n) FROM generate_series(1, 200) i")
+		doubt <- err
+	}()
+	r1.awaitFull()
+	leader = leaderOf(t, r2, r3)
+	leader.run("INSERT INTO t VALUES (1000, 'while the disk of r1 is full')")
+	acked = holdsAll(t, leader, acked)
+
+	// Still full at the next start, and that breaks nothing.
+	r1.kill()
+	r1.start()
+	Eventually(t, time.Minute, "r1 tells that its disk is full", func(ctx context.Context) error {
+		if !r1.runs() {
+			r1.awaitEnd("no room on the disk of the slot log", "free some")
+			return nil
+		}
+		st, err := r1.status(ctx)
+		if err == nil && !strings.Contains(st.Health, "is full") {
+			err = fmt.Errorf("it is %+v", st)
+		}
+		return err
+	})
+	mount(t, "tmpfs", r1.logDir(), "tmpfs", unix.MS_REMOUNT, "size=128m")
+	if !r1.runs() {
+		r1.start()
+	}
+	awaitSame(t, sites...)
+	holdsAll(t, r1, acked)
+	err = <-doubt
+	var large int
+	reader, cerr := pgx.Connect(ctx, leader.server.DSN("app"))
+	if cerr != nil {
+		t.Fatal(cerr)
+	}
+	defer reader.Close(context.WithoutCancel(ctx))
+	if err := reader.QueryRow(ctx, "SELECT count(*) FROM t WHERE id > 2000").Scan(&large); err != nil {
+		t.Fatal(err)
+	}
+	if t.Logf("the large transaction: %v; %d of its rows", err, large); large != 0 && large != 200 || err == nil && large == 0 {
+		t.Errorf("the large transaction ended with %v and %d rows are there", err, large)
+	}
 
 	// r3's log is damaged and nobody has the file any more.
 	leader = leaderOf(t, sites...)
@@ -951,6 +990,53 @@ func TestFullDiskAndLostLogOfOneRegion(t *testing.T) {
 	leader.run("INSERT INTO t VALUES (1002, 'all again')")
 	awaitSame(t, sites...)
 	holdsAll(t, lost, acked)
+}
+
+// fillDisk inserts rows of 96 KB with the ids from to to, until one is not taken, and
+// returns the id of the last that was. Only that the region does not take writes
+// is a reason.
+func fillDisk(t testing.TB, s *site, from, to int) int {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	conn, err := pgx.Connect(ctx, s.server.DSN("app"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(context.WithoutCancel(ctx))
+	for id := from; id <= to; id++ {
+		_, err := conn.Exec(ctx, "INSERT INTO t SELECT $1::int, string_agg(md5($1::int::text || n), '') FROM generate_series(1, 3000) n", id)
+		var pg *pgconn.PgError
+		switch {
+		case Refused(err) || errors.As(err, &pg) && pg.Code == "57P01": // ended by the sidecar
+			t.Logf("row %d: %v", id, err)
+			return id - 1
+		case err != nil:
+			t.Fatalf("row %d: %v", id, err)
+		}
+	}
+	return to
+}
+
+// transfer hands leadership over as an operator does.
+func transfer(t testing.TB, from, to *site) {
+	t.Helper()
+	Eventually(t, 30*time.Second, "hand over to "+to.name, func(ctx context.Context) error {
+		out, err := exec.CommandContext(ctx, filepath.Join(Binaries(t), "paxosctl"), "leader", "transfer", "--to", to.name, "--addr", from.admin).CombinedOutput()
+		if err != nil {
+			return fmt.Errorf("%w: %s", err, out)
+		}
+		return nil
+	})
+	to.awaitWritable()
+}
+
+// awaitFull waits until the site tells that its disk is full, and what to do.
+func (s *site) awaitFull() {
+	s.t.Helper()
+	words := []string{"the disk of log.dir " + s.logDir() + " is full", "free some", "goes on by itself"}
+	s.await("its disk is full", func(st standing) bool { return !st.Healthy && !st.Writable && holds(st.Health, words) })
+	s.awaitLogged("the disk of the log is full", "free some")
 }
 
 // holdsAll fails the test unless ids 1 to n are there, and returns the highest

@@ -13,6 +13,8 @@ import (
 	"testing"
 	"time"
 
+	"go.yaml.in/yaml/v3"
+
 	"quorate/deploy/sandbox"
 )
 
@@ -199,4 +201,104 @@ func TestWitnessAndLearner(t *testing.T) {
 	}
 	c.Exec(leader, "INSERT INTO t SELECT generate_series(2001, 2100)")
 	c.AwaitEqual(c.without("r5")...)
+	membersChange(t, c)
+}
+
+// membersChange has a voter become a learner, then a voter again and another
+// region leave, all by the file and one command.
+func membersChange(t *testing.T, c *Cluster) {
+	t.Helper()
+	c.configure(func(region map[string]any) bool {
+		if region["name"] == "r4" {
+			region["kind"] = "learner"
+		}
+		return true
+	})
+	c.applyMembers("region r4 becomes a learner, it is a voter")
+	c.awaitMembers("r1 voter, r2 voter, r3 voter, r4 learner, r5 witness, r6 learner")
+	if out, err := c.paxosctl("leader", "transfer", "--to", "r4"); err == nil {
+		t.Errorf("a learner was given leadership: %s", out)
+	}
+	c.Exec(c.Leader(), "INSERT INTO t SELECT generate_series(2101, 2200)")
+	c.AwaitEqual(c.without("r5")...)
+
+	c.configure(func(region map[string]any) bool {
+		if region["name"] == "r4" {
+			delete(region, "kind")
+		}
+		return region["name"] != "r6"
+	}, "r6")
+	c.applyMembers("region r6 is removed") // r4, which has caught up, may have its vote already
+	c.awaitMembers("r1 voter, r2 voter, r3 voter, r4 voter, r5 witness")
+	// Its sidecar, which runs on with its old file, does no harm.
+	c.Eventually(30*time.Second, "r6 to tell that it is out", func(context.Context) error {
+		if r := c.Region("r6"); r.Healthy || !strings.Contains(r.Health, "no longer a member") {
+			return fmt.Errorf("it is %+v", r)
+		}
+		return nil
+	})
+	c.KillNow("r6", "")
+	c.handOver("r4")
+	c.Exec("r4", "INSERT INTO t SELECT generate_series(2201, 2300)")
+	c.AwaitEqual(c.without("r5", "r6")...)
+}
+
+// awaitMembers waits until the regions and their kinds are these, as r1 sees them.
+func (c *Cluster) awaitMembers(want string) {
+	c.t.Helper()
+	c.Eventually(30*time.Second, "members "+want, func(context.Context) error {
+		if got := query[string](c, "r1", "SELECT string_agg(region || ' ' || kind, ', ' ORDER BY region) FROM quorate.regions"); got != want {
+			return errors.New(got)
+		}
+		return nil
+	})
+}
+
+// configure edits the list of regions in every region.yaml but those of the
+// regions left out, and restarts the sidecars, all at once. A region stays on the
+// list if edit says so.
+func (c *Cluster) configure(edit func(region map[string]any) bool, leftOut ...string) {
+	c.t.Helper()
+	for _, name := range c.without(leftOut...) {
+		file := c.Region(name).ConfigFile
+		text, err := os.ReadFile(file)
+		if err != nil {
+			c.t.Fatal(err)
+		}
+		var settings map[string]any
+		if err := yaml.Unmarshal(text, &settings); err != nil {
+			c.t.Fatal(err)
+		}
+		settings["regions"] = slices.DeleteFunc(settings["regions"].([]any), func(r any) bool { return !edit(r.(map[string]any)) })
+		if text, err = yaml.Marshal(settings); err != nil {
+			c.t.Fatal(err)
+		}
+		if err := os.WriteFile(file, text, 0o644); err != nil {
+			c.t.Fatal(err)
+		}
+		c.KillNow(name, sandbox.Sidecar)
+	}
+	for _, name := range c.without(leftOut...) {
+		c.StartAgain(name)
+	}
+}
+
+// applyMembers runs paxosctl member apply, once all can be asked, which must tell
+// of these changes.
+func (c *Cluster) applyMembers(changes ...string) {
+	c.t.Helper()
+	c.Eventually(30*time.Second, "the change of members", func(context.Context) error {
+		out, err := c.paxosctl("member", "apply")
+		if err != nil {
+			return fmt.Errorf("%w: %s", err, out)
+		}
+		mustHold(c.t, "paxosctl member apply", out, changes...)
+		return nil
+	})
+	c.Eventually(30*time.Second, "nothing more to change", func(context.Context) error {
+		if out := c.ctl("member", "apply", "--dry-run"); !strings.Contains(out, "nothing to change") {
+			return errors.New(out)
+		}
+		return nil
+	})
 }
