@@ -55,7 +55,7 @@
 //
 // Phase 2 is pipelined within a window of slots and bytes. Acceptors accept in
 // any order; the leader extends the chosen prefix in order, and tells it with
-// the next Accept, or at once if there is none to send. A follower marks as
+// the next Accept, or soon after if there is none to send. A follower marks as
 // chosen what it accepted at that leader's ballot; anything else it fetches,
 // from any peer.
 //
@@ -66,8 +66,8 @@
 //
 // # Using it
 //
-// After every Step, Tick, Propose, Transfer, Resign, ProposeMembership, Restart
-// and Persisted, Ready is called until it returns false. Several Readies may be
+// After every call that is told the time (Step, Tick, Propose, ReadIndex,
+// Persisted and so on) Ready is called until it returns false. Several Readies may be
 // outstanding; their AfterSync messages are sent, and Persisted is called, in
 // order. A message lost costs time only.
 //

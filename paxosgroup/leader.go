@@ -103,19 +103,22 @@ func (r *Replica) pump() {
 		}
 		switch {
 		case l.next <= l.recoveredMax:
-			e := Entry{Kind: KindNoOp, Term: r.ballot, Region: r.cfg.Region, Incarnation: r.incarnation}
+			noop := Entry{Kind: KindNoOp, Term: r.ballot, Region: r.cfg.Region, Incarnation: r.incarnation}
+			e := noop
 			if a, ok := l.recovered[l.next]; ok {
 				e = a.Entry
 				delete(l.recovered, l.next)
 			}
 			if _, takes := r.membership.Next(e); takes {
 				if l.opened {
-					// The lease in use was not counted under this membership, as
-					// it is for one that this leader proposes itself.
-					r.stepDown()
-					return
+					// A promise that came late tells of it. It is chosen nowhere: of
+					// those whose promises this leadership opened with none had
+					// anything here. And the lease in use was not counted under it,
+					// as it is for one that this leader proposes itself.
+					e = noop
+				} else {
+					l.inheritedAt = l.next
 				}
-				l.inheritedAt = l.next
 			}
 			r.propose(e)
 		case !l.opened:

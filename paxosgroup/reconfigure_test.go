@@ -524,3 +524,26 @@ func TestALeaderThatIsMadeAWitnessHandsOver(t *testing.T) {
 		t.Errorf("it leads with no database: %+v", s)
 	}
 }
+
+// A late promise tells of a change that was accepted above everything that the
+// quorum of phase 1 knew of: it cannot have been chosen.
+func TestAChangeThatOnlyALatePromiseTellsOf(t *testing.T) {
+	l := newLab(t, 1, false)
+	old := Ballot{1, 5}
+	l.step(Message{Kind: MsgHeartbeat, From: 5, Ballot: old})
+	b := l.prepare()
+	l.step(Message{Kind: MsgPromise, From: 2, Ballot: b})
+	l.step(Message{Kind: MsgPromise, From: 3, Ballot: b})
+	out := five().Incoming()
+	m := voters(7, 1, 2, 3, 4)
+	m.Epoch, m.Outgoing = 1, &out
+	l.step(Message{Kind: MsgPromise, From: 4, Ballot: b, Accepted: []AcceptedEntry{
+		{40, old, Entry{Kind: KindConfig, Term: old, Region: "r", Payload: EncodeMembership(m)}},
+	}})
+	l.hear(2, 3)
+	s := l.r.Status()
+	if s.Role != Leader || s.Ballot != b || s.Membership.Epoch != 0 || s.Chosen < 40 {
+		t.Errorf("%+v", s)
+	}
+	l.propose()
+}
