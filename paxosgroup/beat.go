@@ -22,15 +22,17 @@ import (
 // Safety. What a leader may count is one statement: an ack that says (sentAt,
 // life, generation) was made by a process that, at some moment after sentAt on
 // the leader's clock, granted a lease from that moment to every leadership that
-// was registered under (life, generation) then. It holds of leadership L if L's
-// registration under (life, generation) was answered before sentAt, that is if
-// the beat was sent after that answer came:
+// was registered under (life, generation) then. It holds, from that moment or
+// later, of every leadership L whose registration under (life, generation) was
+// answered, before or after:
 //
-//   - L was registered then, because registrations of one generation only end
+//   - Was L registered at that moment? Registrations of one generation only end
 //     with the generation. Whatever ends one, a promise to another ballot, a
 //     release, a hand-over, a leadership that ended at its leader, raises the
 //     generation, so every later ack names another one. That costs all groups of
 //     the two processes an ordinary heartbeat each, and nothing more.
+//   - Or only later? Then what registered it was a heartbeat, which granted a
+//     lease from its own receipt, later still.
 //   - The grant rests on a flushed promise: the answer to the registration was
 //     sent after the flush, and a promise that changes ends the registration.
 //   - The leader counts from sentAt, the grantor from receipt, which is later,
@@ -288,10 +290,7 @@ type registration struct {
 }
 
 // covering is what a follower answered when it registered a leadership of ours.
-type covering struct {
-	life, generation uint64
-	since            Instant // beats sent later count
-}
+type covering struct{ life, generation uint64 }
 
 // Share has beats stand for heartbeats of this replica. It is called once, before
 // the replica is first stepped; all that share b are then stepped by one caller.
@@ -321,7 +320,7 @@ func (r *Replica) absorb() {
 		}
 		if p.covering.life != k.life || p.covering.generation != k.generation {
 			p.covering = covering{}
-		} else if r.stage == proposing && k.ackedAt > p.covering.since {
+		} else if r.stage == proposing {
 			p.leaseSentAt = max(p.leaseSentAt, k.ackedAt)
 		}
 	}
@@ -383,10 +382,7 @@ func (r *Replica) cover(p *peer, m Message) {
 	if b == nil || !m.Shared || m.Life == 0 || !p.shares || !b.learn(b.link(p.id), m) {
 		return
 	}
-	c := covering{life: m.Life, generation: m.Generation, since: r.now}
-	if c.life != p.covering.life || c.generation != p.covering.generation {
-		p.covering = c
-	}
+	p.covering = covering{life: m.Life, generation: m.Generation}
 }
 
 // applies reports whether p has a database.
