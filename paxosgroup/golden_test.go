@@ -26,7 +26,7 @@ var rewrite = flag.Bool("rewrite", false, "write what testdata/*.txt expect anew
 //	what happens
 //
 // Replicas talk over links of 5 ms each way, and clocks agree. Heartbeats, their
-// answers, and probes of round trips are left out. The commands:
+// answers, and probes of round trips are left out, unless asked for. The commands:
 //
 //	group members=1,2,3,… [phase1=N phase2=N] [spare=4,5]   spare ones have a log and no past
 //	electable IDS                   who may campaign from now on; at first nobody
@@ -40,6 +40,9 @@ var rewrite = flag.Bool("rewrite", false, "write what testdata/*.txt expect anew
 //	slow ID DURATION                what it sends and is sent takes longer
 //	window ID N                     slots a leader may send a follower ahead of its answers
 //	stop ID / start ID              a crash, and a restart from what was flushed
+//	read ID                         what must one have applied to read there, by read index?
+//	lease ID                        and by its lease alone?
+//	heartbeats told|untold          from now on
 //	status IDS                      what they believe
 func TestConversations(t *testing.T) {
 	paths, err := filepath.Glob("testdata/*.txt")
@@ -81,6 +84,9 @@ type story struct {
 	slow    map[ReplicaID]time.Duration
 	out     strings.Builder
 	pending said
+
+	reads      uint64
+	heartbeats bool // are told
 }
 
 // teller is a replica and its disk, flushed at once.
@@ -226,6 +232,21 @@ func (s *story) do(command string) {
 		s.node(rest[0]).r = nil
 	case "start":
 		s.start(s.ids(rest[0])[0])
+	case "read":
+		r := s.node(rest[0]).r
+		s.reads++
+		s.say("%d is asked to read (%d)", r.cfg.ID, s.reads)
+		r.ReadIndex(s.now, s.reads)
+		s.settle(r)
+	case "lease":
+		r := s.node(rest[0]).r
+		if slot, ok := r.LeaseRead(s.now); ok {
+			s.say("%d may read what is applied up to slot %d, by its lease", r.cfg.ID, slot)
+		} else {
+			s.say("%d may not read by a lease", r.cfg.ID)
+		}
+	case "heartbeats":
+		s.heartbeats = rest[0] == "told"
 	case "status":
 		for _, id := range s.ids(rest[0]) {
 			s.status(s.nodes[id].r)
@@ -394,6 +415,13 @@ func (s *story) settle(r *Replica) {
 			n.log = append(n.log, SlotEntry{Slot: d.Slot, Entry: d.Entry})
 			s.sayOf("", r.cfg.ID, fmt.Sprintf(": slot %d is chosen: %s%s", d.Slot, showEntryOf(d.Entry), map[Verdict]string{Void: ", void"}[d.Verdict]))
 		}
+		for _, q := range rd.Reads {
+			if q.OK {
+				s.say("%d: read (%d) sees what is applied up to slot %d", r.cfg.ID, q.ID, q.Slot)
+			} else {
+				s.say("%d: read (%d) is refused", r.cfg.ID, q.ID)
+			}
+		}
 		r.Persisted(s.now, rd.Seq)
 	}
 }
@@ -459,6 +487,20 @@ func (s *story) describe(r *Replica, m Message) string {
 		if m.SentAt == 0 {
 			return fmt.Sprintf("chosen up to %d", m.Chosen)
 		}
+		if s.heartbeats {
+			return fmt.Sprintf("heartbeat of %v", m.Ballot)
+		}
+	case MsgHeartbeatAck:
+		if s.heartbeats {
+			return fmt.Sprintf("I follow %v", m.Ballot)
+		}
+	case MsgReadIndex:
+		return "up to where must one have applied, to read now?"
+	case MsgReadIndexReply:
+		if !m.Granted {
+			return "I can not tell"
+		}
+		return fmt.Sprintf("up to slot %d", m.Slot)
 	case MsgTimeoutNow:
 		return fmt.Sprintf("take over from %v (chosen %d)", m.Ballot, m.Chosen)
 	case MsgFetch:
