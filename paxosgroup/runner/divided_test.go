@@ -175,6 +175,9 @@ func TestOneDirectoryFails(t *testing.T) {
 	if err, ok := errors.AsType[*slotlog.LostError](n.runner.Group(2).Failed()); !ok || err.Dir != c.dirOf(hit, "b") {
 		t.Errorf("restarted without it: %v", n.runner.Group(2).Failed())
 	}
+	if g, err := n.runner.AddGroup(t.Context(), c.groupConfig(7, hit)); err != nil || g.Failed() == nil {
+		t.Errorf("a new group is begun with a directory lost: %v", err)
+	}
 	c.proposeMany(1, 20, 10, 5)
 	c.awaitEqual(1, 30)
 	if chosen, _ := n.runner.Group(2).Chosen(); chosen != 0 {

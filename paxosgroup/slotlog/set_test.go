@@ -358,6 +358,28 @@ func TestSetOfOtherDirectories(t *testing.T) {
 			t.Errorf("opened alone: %v", err)
 		}
 	})
+	t.Run("what the making left behind, once another took its place", func(t *testing.T) {
+		m, dirs := disks(2, 1)
+		named := 0
+		m["/a"].SetFault(func(op, name string) error {
+			if op == simdisk.OpRename && path.Base(name) == "SET" {
+				if named++; named == 2 { // both have it, and neither knows of the other
+					return syscall.EIO
+				}
+			}
+			return nil
+		})
+		if _, _, err := slotlog.OpenSet(setConfig(m, dirs...)); err == nil {
+			t.Fatal("made in spite of a failure")
+		}
+		m["/a"].SetFault(nil)
+		behind := m["/b"]
+		m["/b"] = simdisk.New(9)
+		s, _ := openSet(t, m, dirs...)
+		keep(t, s, 1, 2)
+		m["/b"] = behind
+		refused(t, m, "/b/log was taken out of the set", dirs...)
+	})
 	t.Run("in use", func(t *testing.T) {
 		m, dirs := made(t)
 		openSet(t, m, dirs[:2]...)
