@@ -72,7 +72,7 @@ func main() {
 }
 
 func run(ctx context.Context) (err error) {
-	only := flag.String("only", ".", "run the parts whose name matches: local, wan, groups, stalled, slowlink")
+	only := flag.String("only", ".", "run the parts whose name matches: local, wan, groups, stalled, slowlink, logs")
 	one := flag.String("one", "", "instead of all: one load on one contender (quorate, etcd, hashicorp)")
 	proposers := flag.Int("proposers", 1024, "of -one")
 	size := flag.Int("bytes", 128, "of a payload of -one")
@@ -111,7 +111,7 @@ func run(ctx context.Context) (err error) {
 		name string
 		run  func(context.Context) error
 	}{
-		{"local", b.local}, {"wan", b.wan}, {"groups", b.thousand}, {"stalled", b.stalledFollower}, {"slowlink", b.slowLink},
+		{"local", b.local}, {"wan", b.wan}, {"groups", b.thousand}, {"stalled", b.stalledFollower}, {"slowlink", b.slowLink}, {"logs", b.logs},
 	} {
 		if !b.only.MatchString(part.name) || ctx.Err() != nil {
 			continue

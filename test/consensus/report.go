@@ -69,6 +69,7 @@ type report struct {
 	machine string
 	figures []figure
 	costs   []cost
+	logs    []*logFigures
 	notes   []string
 }
 
@@ -99,6 +100,7 @@ func (r *report) write(w io.Writer) {
 		fmt.Fprintln(w)
 	}
 	r.writeCosts(w)
+	r.writeLogs(w)
 	for _, n := range r.notes {
 		fmt.Fprintln(w, "-", n)
 	}
