@@ -19,7 +19,7 @@ import (
 )
 
 const offlineHelp = `It works on the files alone, in a directory that no running sidecar uses: log.dir of
-region.yaml, data_dir/log by default. It changes no file.`
+region.yaml, data_dir/log by default; with log.dirs, each of those. It changes no file.`
 
 // verifyView is what is found in one directory. Its JSON field names are stable.
 type verifyView struct {
