@@ -10,6 +10,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
+	"time"
 )
 
 //go:embed build.sh
@@ -36,6 +38,11 @@ func Binary(ctx context.Context) (string, error) {
 	}
 	cmd := exec.CommandContext(ctx, "bash", "-s", "--", file)
 	cmd.Stdin = strings.NewReader(recipe)
+	// What is broken off ends with all that it runs: a compiler left over would go
+	// on for minutes, and its output be waited for.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGTERM) }
+	cmd.WaitDelay = 5 * time.Second
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("build Jaeger: %w\n%s", err, out)
 	}

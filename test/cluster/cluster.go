@@ -20,6 +20,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 
+	"quorate/deploy/jaeger"
 	"quorate/deploy/sandbox"
 )
 
@@ -101,6 +102,14 @@ func Start(t testing.TB, o Options) *Cluster {
 
 func (c *Cluster) up(o Options) {
 	c.t.Helper()
+	if o.Jaeger {
+		// The first time on a machine this takes longer than all the rest.
+		ctx, cancel := context.WithTimeout(context.Background(), 15*time.Minute)
+		defer cancel()
+		if _, err := jaeger.Binary(ctx); err != nil {
+			c.t.Fatal(err)
+		}
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
 	if o.Regions == 0 {
