@@ -39,6 +39,17 @@ type finite interface {
 	Full() bool
 }
 
+// queueing is a Log that may be behind with what it is handed.
+type queueing interface {
+	// Crowded reports whether so much waits for the disk of a group that no more
+	// should be taken which the group has to store. It ends by itself.
+	Crowded(g paxosgroup.GroupID) bool
+}
+
+// crowdedRetry is after how long proposals that a crowded log keeps waiting are
+// looked at again, at the latest.
+const crowdedRetry = 10 * time.Millisecond
+
 // divided is a Log of several parts, of which each may fail or fill by itself: the
 // groups on it are stopped, or wait, and the others go on.
 type divided interface {
@@ -122,21 +133,22 @@ func (c *Config) fill() error {
 // Deliver, and what is asked of a group, take effect on the cores at once; what
 // the cores owe in return is paid by the next Step, which must follow.
 type Engine struct {
-	cfg     Config
-	groups  map[paxosgroup.GroupID]*EngineGroup
-	order   []*EngineGroup
-	due     deadlines
-	dirty   []*EngineGroup    // touched since the last Step
-	beats   *paxosgroup.Beats // nil: not shared
-	missed  missedTime
-	done    []done
-	withLog atomic.Int64 // Appends that were not called back yet, or not heard of
-	finite  finite       // the log, if it may be full
-	divided divided      // the log, if it has parts
-	failure error
-	failed  bool // a group is
-	full    bool // the log is, or a part of it
-	stats   Stats
+	cfg      Config
+	groups   map[paxosgroup.GroupID]*EngineGroup
+	order    []*EngineGroup
+	due      deadlines
+	dirty    []*EngineGroup    // touched since the last Step
+	beats    *paxosgroup.Beats // nil: not shared
+	missed   missedTime
+	done     []done
+	withLog  atomic.Int64 // Appends that were not called back yet, or not heard of
+	finite   finite       // the log, if it may be full
+	divided  divided      // the log, if it has parts
+	queueing queueing     // the log, if it may be crowded
+	failure  error
+	failed   bool // a group is
+	full     bool // the log is, or a part of it
+	stats    Stats
 
 	// A Runner's: none of them changes what the engine does.
 	durable func(done)           // nil: the log calls back on the engine's own goroutine
@@ -180,6 +192,7 @@ func newEngine(e *Engine, now paxosgroup.Instant) (*Engine, error) {
 	}
 	e.finite, _ = log.(finite)
 	e.divided, _ = log.(divided)
+	e.queueing, _ = log.(queueing)
 	e.place(e.cfg.Groups)
 	for _, gc := range e.cfg.Groups {
 		if _, err := e.AddGroup(now, gc); err != nil {
@@ -251,7 +264,7 @@ func (e *Engine) Deliver(now paxosgroup.Instant, _ paxosgroup.ReplicaID, batch [
 			e.stats.Unknown++
 			continue
 		}
-		if g.failure != nil || g.full && grows(batch[i].Message.Kind) {
+		if g.failure != nil || grows(batch[i].Message.Kind) && (g.full || g.crowded()) {
 			e.stats.Unstored++
 			continue
 		}
@@ -321,6 +334,13 @@ func grows(k paxosgroup.MessageKind) bool {
 		return true
 	}
 	return false
+}
+
+// crowded reports whether what the group would have to store is to be put off.
+// Its sender repeats it, as what the network loses; all else goes on.
+func (g *EngineGroup) crowded() bool {
+	q := g.engine.queueing
+	return q != nil && q.Crowded(g.id)
 }
 
 // lookForRoom stops what makes the log grow while there is no room for it, and

@@ -8,13 +8,17 @@ import (
 	"time"
 
 	"quorate/paxosgroup"
+	"quorate/paxosgroup/peer"
 )
 
 // heldLog is a Log whose flush ends when the test says so.
 type heldLog struct {
 	callbacks []func(error)
 	slots     []paxosgroup.Slot // accepted
+	crowded   bool
 }
+
+func (l *heldLog) Crowded(paxosgroup.GroupID) bool { return l.crowded }
 
 func (l *heldLog) Append(_ paxosgroup.GroupID, recs []paxosgroup.Record, durable func(error)) {
 	for _, r := range recs {
@@ -134,6 +138,35 @@ func TestProposalsGatherDuringAFlush(t *testing.T) {
 	b.pass(gatherTime)
 	if len(*late) != 1 || len(b.log.callbacks) < 2 {
 		t.Errorf("after %v: answers %v", gatherTime, *late)
+	}
+}
+
+// What would make a crowded log longer is put off, and nothing else.
+func TestNothingIsAddedToACrowdedLog(t *testing.T) {
+	b := newBench(t, nil)
+	b.log.crowded = true
+	waits := b.propose()
+	for range 100 {
+		b.pass(crowdedRetry)
+	}
+	if len(*waits) != 0 || len(b.log.slots) != 0 {
+		t.Fatalf("answers %v, slots %v", *waits, b.log.slots)
+	}
+	unstored := b.engine.Stats().Unstored
+	ballot := paxosgroup.Ballot{Counter: 1 << 20, Replica: 2}
+	for _, kind := range []paxosgroup.MessageKind{paxosgroup.MsgAccept, paxosgroup.MsgPreVote} {
+		b.engine.Deliver(b.now, 2, []peer.GroupMessage{{Group: 1, Message: paxosgroup.Message{Kind: kind, From: 2, To: 1, Ballot: ballot}}})
+	}
+	if got := b.engine.Stats().Unstored - unstored; got != 1 || b.group.Status().Role != paxosgroup.Leader {
+		t.Errorf("%d messages put off, want the Accept alone", got)
+	}
+	b.log.crowded = false
+	if at, ok := b.engine.Deadline(); !ok || at > b.now.Add(crowdedRetry) {
+		t.Errorf("the engine is to be woken at %v, now is %v", at, b.now)
+	}
+	b.pass(crowdedRetry)
+	if len(*waits) != 1 || (*waits)[0] != nil || len(b.log.slots) != 1 {
+		t.Errorf("with room again: answers %v, slots %v", *waits, b.log.slots)
 	}
 }
 

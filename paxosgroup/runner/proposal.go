@@ -222,9 +222,14 @@ const gatherTime = time.Millisecond
 
 // gathers reports whether proposals are held, so that what comes during a flush
 // makes one message to each follower and one more flush. At rest nothing is; and
-// the disk may be slow, where those of a quorum are not: so not for long.
+// the disk may be slow, where those of a quorum are not: so not for long, unless
+// too much waits for it already.
 func (g *EngineGroup) gathers(now paxosgroup.Instant) bool {
 	w := &g.proposals
+	if len(w.waiting) > 0 && g.crowded() {
+		w.heldUntil = now.Add(crowdedRetry)
+		return true
+	}
 	if g.unflushed == 0 || len(w.waiting) == 0 {
 		w.heldUntil = 0
 		return false

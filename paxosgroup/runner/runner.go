@@ -44,7 +44,7 @@ type Stats struct {
 	Refused     uint64 // messages that a core would not take
 	Batches     uint64 // sets of records handed to the log that needed a flush
 	Delivered   uint64 // entries
-	Unstored    uint64 // messages not taken because the log was full, or the group had failed
+	Unstored    uint64 // messages not taken because the log was full or crowded, or the group had failed
 	MissedTimes uint64 // the wall clock was found ahead of the boot clock
 }
 

@@ -76,8 +76,7 @@
 // # Several directories
 //
 // A Set is a log in each of several directories, meant for disks of their own;
-// nothing of one waits for another, but that Append blocks its caller when
-// QueueBytesMax wait for a disk that hangs. A group lives in one directory for
+// nothing of one waits for another. A group lives in one directory for
 // good. The file SET, which is replaced whole and flushed, says in each directory
 // which there are and which group lives where; all say the same, or one has it
 // newer, after a crash, about groups that have no record yet. So:

@@ -5,7 +5,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -187,28 +186,27 @@ func TestReadOnlyDisk(t *testing.T) {
 	}
 }
 
-func TestAppendBlocksWhileTooMuchWaits(t *testing.T) {
+func TestCrowdedWhileTooMuchWaits(t *testing.T) {
 	l, _ := open(t, Config{Dir: t.TempDir(), QueueBytesMax: 100_000})
 	// The log's goroutine is held in a callback, so nothing leaves the queue.
 	held, release := make(chan struct{}), make(chan struct{})
 	l.Append(1, []paxosgroup.Record{accept(1, 1, "x")}, func(error) { close(held); <-release })
 	<-held
 	l.Append(1, []paxosgroup.Record{accept(2, 1, strings.Repeat("x", 90_000))}, func(error) {})
-	passed := make(chan struct{})
-	var waiting sync.WaitGroup
-	waiting.Go(func() {
-		l.Append(1, []paxosgroup.Record{accept(3, 1, strings.Repeat("x", 90_000))}, func(error) {})
-		close(passed)
-	})
-	select {
-	case <-passed:
-		t.Error("Append went on with the queue full")
-	case <-time.After(50 * time.Millisecond):
+	if l.Crowded(1) {
+		t.Error("crowded, with less in the queue than may be")
+	}
+	// Append waits for nothing all the same.
+	l.Append(1, []paxosgroup.Record{accept(3, 1, strings.Repeat("x", 90_000))}, func(error) {})
+	l.Append(1, []paxosgroup.Record{accept(4, 1, strings.Repeat("x", 90_000))}, func(error) {})
+	if !l.Crowded(1) || l.Full() {
+		t.Errorf("crowded %v, full %v", l.Crowded(1), l.Full())
 	}
 	close(release)
-	waiting.Wait()
-	// What is larger than the queue passes alone.
-	appendWait(t, l, 1, accept(4, 1, strings.Repeat("x", 500_000)))
+	appendWait(t, l, 1, accept(5, 1, strings.Repeat("x", 500_000)))
+	if l.Crowded(1) {
+		t.Error("crowded, with an empty queue")
+	}
 }
 
 func TestEntryLargerThanASegment(t *testing.T) {

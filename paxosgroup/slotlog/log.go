@@ -19,15 +19,15 @@ import (
 type Config struct {
 	Dir          string
 	SegmentBytes int64 // length of a segment, rounded up to whole sectors; 0 means 64 MiB
-	// QueueBytesMax bounds what waits for the disk; Append blocks above it. 0 means 64 MiB.
+	// QueueBytesMax is how much may wait for the disk before Crowded asks for no
+	// more. 0 means 64 MiB.
 	QueueBytesMax int
 	Logger        *slog.Logger // nil discards
 	FS            FS           // nil is the operating system's
 	// RetryInterval is how long a log that found no room waits before it looks
 	// again. 0 means 1 s.
 	RetryInterval time.Duration
-	// Manual leaves the log without goroutines: its owner calls Flush, and Append
-	// never blocks. With an FS that does the same each time, so does the log.
+	// Manual leaves the log without goroutines: its owner calls Flush. With an FS that does the same each time, so does the log.
 	Manual bool
 }
 
@@ -90,8 +90,7 @@ type Log struct {
 	files sync.RWMutex
 
 	mu       sync.Mutex
-	room     sync.Cond // the queue has shrunk, or the log has failed
-	err      error     // why nothing is written any more
+	err      error // why nothing is written any more
 	closed   bool
 	groups   map[paxosgroup.GroupID]*group
 	missed   map[paxosgroup.GroupID]paxosgroup.Slot // from which on entries are not known to be the newest: the log has failed
@@ -107,6 +106,7 @@ type Log struct {
 	// What keeps the log from taking more; see Full.
 	full      atomic.Bool
 	low       atomic.Bool // spareless, for everybody
+	crowded   atomic.Bool // see Crowded
 	spareless bool        // there is no room for the next segment
 	blocked   bool        // what is queued waits for one
 	retry     bool        // it is time to look again
@@ -128,10 +128,10 @@ type group struct {
 }
 
 // Append adds records of a group, in order, and calls durable once they and all
-// earlier ones are flushed, or with the error that stopped the log. It blocks
-// while more than QueueBytesMax wait for the disk, unless that is Full: it then
-// takes up to twice as much, and fails for good beyond that. Records are seen by
-// readers when Append returns. The payloads are copied.
+// earlier ones are flushed, or with the error that stopped the log. It does not
+// wait for the disk: who appends looks at Crowded before taking what leads to
+// records. While the log is Full, it fails for good when twice QueueBytesMax wait.
+// Records are seen by readers when Append returns. The payloads are copied.
 //
 // Callbacks run one at a time, in the order of Append, on the log's goroutine:
 // they must not block, nor call Append. Records of which none NeedsFlush cause no
@@ -149,9 +149,6 @@ func (l *Log) Append(g paxosgroup.GroupID, recs []paxosgroup.Record, durable fun
 	}
 
 	l.mu.Lock()
-	for l.err == nil && !l.closed && !l.cfg.Manual && !l.blocked && l.queued > 0 && l.queued+size > l.cfg.QueueBytesMax {
-		l.room.Wait()
-	}
 	if l.closed {
 		l.mu.Unlock()
 		durable(ErrClosed)
@@ -195,9 +192,16 @@ func (l *Log) Full() bool { return l.full.Load() }
 // is room. It costs a load.
 func (l *Log) Low() bool { return l.low.Load() }
 
-// setFull brings Full and Low up to date. Called with mu held.
+// Crowded reports whether more than QueueBytesMax wait for the disk, which does
+// not keep up or hangs. Who appends should take nothing more that leads to records
+// until it ends, rather than wait: what can be done without the disk, goes on. It
+// is the same for all groups, and costs a load.
+func (l *Log) Crowded(paxosgroup.GroupID) bool { return l.crowded.Load() }
+
+// setFull brings Full, Low and Crowded up to date. Called with mu held.
 func (l *Log) setFull() {
 	l.low.Store(l.spareless)
+	l.crowded.Store(l.queued > l.cfg.QueueBytesMax)
 	full := l.blocked
 	if l.spareless {
 		last, end := l.segments[len(l.segments)-1], l.offset
@@ -425,7 +429,6 @@ func (l *Log) fail(err error) {
 		l.err = err
 		l.cfg.Logger.Error("slot log stops: this replica answers nothing until it is restarted", "dir", l.cfg.Dir, "err", err)
 	}
-	l.room.Broadcast()
 }
 
 // Err returns the error that stopped the log for good, or nil.
@@ -458,7 +461,6 @@ func (l *Log) Close() error {
 	if l.timer != nil {
 		l.timer.Stop()
 	}
-	l.room.Broadcast()
 	l.mu.Unlock()
 	if l.cfg.Manual {
 		for l.Flush() {

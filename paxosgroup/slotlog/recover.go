@@ -48,7 +48,6 @@ func openLocked(cfg Config, lock io.Closer) (*Log, map[paxosgroup.GroupID]paxosg
 		stopped:  make(chan struct{}),
 		prepared: make(chan preparedFile, 1),
 	}
-	l.room.L = &l.mu
 	restored, err := l.load()
 	if err != nil {
 		errs := []error{fmt.Errorf("open slot log in %s: %w", cfg.Dir, explain(err, cfg.FS, cfg.Dir))}

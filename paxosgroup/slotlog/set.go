@@ -542,6 +542,13 @@ func (s *Set) LowFor(g paxosgroup.GroupID) bool {
 	return p != nil && p.log != nil && p.log.Low()
 }
 
+// Crowded reports whether too much waits for the disk that the group lives on;
+// see Log.Crowded.
+func (s *Set) Crowded(g paxosgroup.GroupID) bool {
+	p := s.part(g)
+	return p != nil && p.log != nil && p.log.Crowded(g)
+}
+
 // Flush is Log.Flush of each, in order.
 func (s *Set) Flush() bool {
 	did := false

@@ -141,7 +141,6 @@ func (l *Log) flush(batches []*batch) int {
 		l.detachUnused(batches[done-1].seg)
 	}
 	l.setFull()
-	l.room.Broadcast()
 	l.mu.Unlock()
 
 	for _, b := range batches {
