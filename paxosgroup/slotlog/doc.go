@@ -63,7 +63,8 @@
 //
 // A segment that nothing is in use in is kept to be used again (two at most) or
 // deleted. Overwriting blocks that were written before costs a flush no change of
-// the file's metadata, which is a fifth to a third of its time. Where at least
+// the file's metadata; blocks that were only allocated have to be marked as written
+// in the file system's journal. Where at least
 // four of the oldest segments hold together less in use than a quarter of one,
 // because of groups that are idle, those records are written once more at the end.
 //

@@ -88,6 +88,7 @@ type inode struct {
 	now, disk map[int64][]byte   // by sector; absent: zeros
 	dirty     map[int64][][]byte // versions since the last flush, oldest first
 	dirtied   []int64            // keys of dirty, in order of first write
+	dropped   bool               // a flush failed: now may hold what neither disk nor dirty do
 }
 
 func newInode() *inode {
@@ -183,7 +184,7 @@ func (d *Disk) settleNames(keep func(int, change) bool) {
 
 // tear settles what of the unflushed sectors reached the disk.
 func (f *inode) tear(rng *rand.Rand) {
-	if len(f.dirtied) == 0 && f.size == f.diskSize {
+	if len(f.dirtied) == 0 && f.size == f.diskSize && !f.dropped {
 		return
 	}
 	// Often a disk does all or nothing; in between it is at its nastiest.
@@ -219,6 +220,7 @@ func (f *inode) tear(rng *rand.Rand) {
 // reload makes what programs see what the disk holds.
 func (f *inode) reload() {
 	f.size = f.diskSize
+	f.dropped = false
 	f.now = make(map[int64][]byte, len(f.disk))
 	for s, b := range f.disk {
 		if s*SectorBytes < f.size {
@@ -642,6 +644,7 @@ func (f *file) Datasync() error {
 			}
 		}
 		f.inode.clean()
+		f.inode.dropped = true
 		return err
 	}
 	f.disk.syncs++
