@@ -74,7 +74,7 @@ func (a *Appender) client(ctx context.Context, id int) {
 		a.mu.Unlock()
 		// A COMMIT may wait for as long as there is no quorum; the client gives up
 		// after a while and does not know how it ended.
-		opCtx, cancel := context.WithTimeout(ctx, 8*time.Second)
+		opCtx, cancel := context.WithTimeout(ctx, 5*time.Second)
 		err := a.append(opCtx, conn, id, number)
 		cancel()
 		if err != nil {

@@ -106,10 +106,16 @@ func TestPgbench(t *testing.T) {
 	c.AwaitEqual()
 }
 
-// TestThreeRegionsDown: writes wait and are not acknowledged, reads go on; with
-// two regions back, writes go on and nothing is lost.
-func TestThreeRegionsDown(t *testing.T) {
+// TestNoQuorum: what happens while too few regions reach each other.
+func TestNoQuorum(t *testing.T) {
 	c := Start(t, Options{})
+	c.scenario(t, "three regions down", threeRegionsDown)
+	c.scenario(t, "commit while cut off", commitWhileCutOff)
+}
+
+// Writes wait and are not acknowledged, reads go on; with two regions back,
+// writes go on and nothing is lost.
+func threeRegionsDown(t *testing.T, c *Cluster) {
 	leader := c.Leader()
 	AppenderSchema(c, leader)
 	c.AwaitEqual()
@@ -120,7 +126,7 @@ func TestThreeRegionsDown(t *testing.T) {
 	a := StartAppender(c, 2)
 	defer a.Stop()
 	before := a.Acked()
-	time.Sleep(10 * time.Second) // longer than a lease and an election, and than a client waits before it tries again
+	time.Sleep(7 * time.Second) // longer than a lease and an election, and than a client waits before it tries again
 	if n := a.Acked(); n != before {
 		t.Errorf("%d commits were acknowledged by two regions of five", n-before)
 	}
@@ -141,10 +147,16 @@ func TestThreeRegionsDown(t *testing.T) {
 	a.Check(t)
 }
 
-// TestWriteOnFollower: a write where it cannot be taken fails at once, with the
-// code and the hint, whatever the session sets.
-func TestWriteOnFollower(t *testing.T) {
+// TestFollower: what sessions may do where writes are not taken.
+func TestFollower(t *testing.T) {
 	c := Start(t, Options{Regions: 3})
+	c.scenario(t, "writes", writeOnFollower)
+	c.scenario(t, "sessions", sessionsOfAFollower)
+}
+
+// A write where it cannot be taken fails at once, with the code and the hint,
+// whatever the session sets.
+func writeOnFollower(t *testing.T, c *Cluster) {
 	leader := c.Leader()
 	c.Exec(leader, "CREATE TABLE t (id int PRIMARY KEY)")
 	c.AwaitEqual()
@@ -164,11 +176,10 @@ func TestWriteOnFollower(t *testing.T) {
 	}
 }
 
-// TestCommitWhileCutOff: a COMMIT of a leader that is cut off does not return;
-// after healing it has either succeeded in every region or is in none, and in
-// that case the client never saw success.
-func TestCommitWhileCutOff(t *testing.T) {
-	c := Start(t, Options{Regions: 5})
+// A COMMIT of a leader that is cut off does not return; after healing it has
+// either succeeded in every region or is in none, and in that case the client
+// never saw success.
+func commitWhileCutOff(t *testing.T, c *Cluster) {
 	leader := c.Leader()
 	c.Exec(leader, "CREATE TABLE t (id int PRIMARY KEY)")
 	c.AwaitEqual()
@@ -209,13 +220,11 @@ func TestCommitWhileCutOff(t *testing.T) {
 	}
 }
 
-// TestSessionsOfAFollower: what an ordinary session does on a follower that no
-// fence sees neither has its database replaced nor, when the region is promoted,
-// gets into the new term.
-func TestSessionsOfAFollower(t *testing.T) {
-	c := Start(t, Options{Regions: 3})
+// What an ordinary session does on a follower that no fence sees neither has its
+// database replaced nor, when the region is promoted, gets into the new term.
+func sessionsOfAFollower(t *testing.T, c *Cluster) {
 	leader := c.Leader()
-	c.Exec(leader, "CREATE TABLE t (id int PRIMARY KEY)", "INSERT INTO t VALUES (1), (2)")
+	c.Exec(leader, "INSERT INTO t VALUES (1), (2)")
 	c.AwaitEqual()
 	follower := c.other(leader)
 	before := query[int64](c, follower, "SELECT incarnation FROM quorate.identity")
