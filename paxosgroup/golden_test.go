@@ -29,6 +29,9 @@ var rewrite = flag.Bool("rewrite", false, "write what testdata/*.txt expect anew
 // answers, and probes of round trips are left out, unless asked for. The commands:
 //
 //	group members=1,2,3,… [phase1=N phase2=N] [spare=4,5]   spare ones have a log and no past
+//	beats                           comes first: processes hold a replica of two groups each, which share
+//	                                heartbeats; what is said in the other group is marked
+//	other COMMAND                   this one is for the other group
 //	electable IDS                   who may campaign from now on; at first nobody
 //	pass DURATION                   let time pass
 //	propose ID PAYLOAD…             hand in data entries, one a payload
@@ -42,7 +45,7 @@ var rewrite = flag.Bool("rewrite", false, "write what testdata/*.txt expect anew
 //	stop ID / start ID              a crash, and a restart from what was flushed
 //	read ID                         what must one have applied to read there, by read index?
 //	lease ID                        and by its lease alone?
-//	heartbeats told|untold          from now on
+//	heartbeats told|untold|counted  from now on
 //	status IDS                      what they believe
 func TestConversations(t *testing.T) {
 	paths, err := filepath.Glob("testdata/*.txt")
@@ -82,11 +85,16 @@ type story struct {
 	cut     map[[2]ReplicaID]bool
 	drop    map[[2]ReplicaID]string // one kind of messages, or all
 	slow    map[ReplicaID]time.Duration
-	out     strings.Builder
-	pending said
+	out     *strings.Builder
+	pending *said
 
 	reads      uint64
-	heartbeats bool // are told
+	heartbeats string // told, counted or neither
+	tally      [3]int // beats, their answers, heartbeats and answers of groups
+
+	beats map[ReplicaID]*Beats // nil: not shared
+	other *story               // of the other group, in the same processes
+	mark  string               // of what is said there
 }
 
 // teller is a replica and its disk, flushed at once.
@@ -113,7 +121,7 @@ type said struct {
 }
 
 func newStory(t *testing.T) *story {
-	return &story{t: t, nodes: map[ReplicaID]*teller{}, cut: map[[2]ReplicaID]bool{}, drop: map[[2]ReplicaID]string{}, slow: map[ReplicaID]time.Duration{}}
+	return &story{t: t, nodes: map[ReplicaID]*teller{}, cut: map[[2]ReplicaID]bool{}, drop: map[[2]ReplicaID]string{}, slow: map[ReplicaID]time.Duration{}, out: &strings.Builder{}, pending: &said{}}
 }
 
 func (d *teller) Chosen(from, to Slot, maxBytes int) ([]SlotEntry, error) {
@@ -154,7 +162,17 @@ func (s *story) do(command string) {
 	words := strings.Fields(command)
 	rest := words[1:]
 	switch words[0] {
+	case "beats":
+		s.beats = map[ReplicaID]*Beats{}
+		o := newStory(s.t)
+		o.cut, o.drop, o.slow, o.out, o.pending, o.beats, o.mark = s.cut, s.drop, s.slow, s.out, s.pending, s.beats, "other: "
+		s.other = o
+	case "other":
+		s.other.do(strings.TrimPrefix(command, "other "))
 	case "group":
+		if s.other != nil {
+			defer s.other.do(command)
+		}
 		s.first = s.membership(rest)
 		for _, m := range s.first.Members {
 			s.nodes[m.ID] = &teller{accepted: map[Slot]AcceptedEntry{}, st: Restored{Base: Base{Membership: s.first}}}
@@ -246,7 +264,10 @@ func (s *story) do(command string) {
 			s.say("%d may not read by a lease", r.cfg.ID)
 		}
 	case "heartbeats":
-		s.heartbeats = rest[0] == "told"
+		s.heartbeats, s.tally = rest[0], [3]int{}
+		if s.other != nil {
+			s.other.do(command)
+		}
 	case "status":
 		for _, id := range s.ids(rest[0]) {
 			s.status(s.nodes[id].r)
@@ -319,6 +340,12 @@ func (s *story) start(id ReplicaID) {
 	slices.SortFunc(n.st.Accepted, func(a, b AcceptedEntry) int { return cmp.Compare(a.Slot, b.Slot) })
 	r, err := New(Config{ID: id, Region: fmt.Sprintf("r%d", id), Seed: 1}, n.st, n, s.now)
 	s.check(err)
+	if s.beats != nil {
+		if s.beats[id] == nil {
+			s.beats[id] = NewBeats(id, uint64(id), 100*time.Millisecond)
+		}
+		r.Share(s.beats[id])
+	}
 	r.SetElectable(n.electable)
 	n.r = r
 }
@@ -326,13 +353,14 @@ func (s *story) start(id ReplicaID) {
 // say writes a line.
 func (s *story) say(format string, args ...any) {
 	s.flush()
-	fmt.Fprintf(&s.out, "%5d ms  "+format+"\n", append([]any{int64(s.now) / int64(time.Millisecond)}, args...)...)
+	fmt.Fprintf(s.out, "%5d ms  "+s.mark+format+"\n", append([]any{int64(s.now) / int64(time.Millisecond)}, args...)...)
 }
 
 // sayOf writes a line about a replica, together with the last one if that says
 // the same about another.
 func (s *story) sayOf(from string, id ReplicaID, text string) {
-	p := &s.pending
+	from = s.mark + from
+	p := s.pending
 	if p.at != s.now || p.from != from || p.text != text {
 		s.flush()
 		*p = said{at: s.now, from: from, text: text}
@@ -341,9 +369,9 @@ func (s *story) sayOf(from string, id ReplicaID, text string) {
 }
 
 func (s *story) flush() {
-	if p := s.pending; p.text != "" {
-		s.pending = said{}
-		fmt.Fprintf(&s.out, "%5d ms  %s%s%s\n", int64(p.at)/int64(time.Millisecond), p.from, strings.Join(p.whom, ","), p.text)
+	if p := *s.pending; p.text != "" {
+		*s.pending = said{}
+		fmt.Fprintf(s.out, "%5d ms  %s%s%s\n", int64(p.at)/int64(time.Millisecond), p.from, strings.Join(p.whom, ","), p.text)
 	}
 }
 
@@ -396,6 +424,7 @@ func showEntryOf(e Entry) string {
 func (s *story) settle(r *Replica) {
 	n := s.nodes[r.cfg.ID]
 	for {
+		r.SetApplied(Slot(len(n.log)))
 		rd, ok := r.Ready()
 		if !ok {
 			return
@@ -404,8 +433,9 @@ func (s *story) settle(r *Replica) {
 			n.persist(rec)
 		}
 		for _, m := range slices.Concat(rd.Send, rd.AfterSync) {
-			if !s.lost(m) {
-				s.flights = append(s.flights, flight{s.now.Add(linkDelay + s.slow[m.From] + s.slow[m.To]), m})
+			s.put(m)
+			if m.Kind == MsgHeartbeat && m.SentAt != 0 || m.Kind == MsgHeartbeatAck {
+				s.tally[2]++
 			}
 			if line := s.describe(r, m); line != "" {
 				s.sayOf(fmt.Sprintf("%d -> ", m.From), m.To, "  "+line)
@@ -487,11 +517,14 @@ func (s *story) describe(r *Replica, m Message) string {
 		if m.SentAt == 0 {
 			return fmt.Sprintf("chosen up to %d", m.Chosen)
 		}
-		if s.heartbeats {
-			return fmt.Sprintf("heartbeat of %v", m.Ballot)
+		if s.heartbeats == "told" {
+			return fmt.Sprintf("heartbeat of %v%s", m.Ballot, map[bool]string{true: "; may beats stand for it?"}[m.Shared])
 		}
 	case MsgHeartbeatAck:
-		if s.heartbeats {
+		if s.heartbeats == "told" && m.Shared {
+			return fmt.Sprintf("I follow %v, registered under generation %d", m.Ballot, m.Generation)
+		}
+		if s.heartbeats == "told" {
 			return fmt.Sprintf("I follow %v", m.Ballot)
 		}
 	case MsgReadIndex:
@@ -511,6 +544,30 @@ func (s *story) describe(r *Replica, m Message) string {
 	return ""
 }
 
+// put sends a message on its way.
+func (s *story) put(m Message) {
+	if !s.lost(m) {
+		s.flights = append(s.flights, flight{s.now.Add(linkDelay + s.slow[m.From] + s.slow[m.To]), m})
+	}
+}
+
+// beat sends beats, or answers of them.
+func (s *story) beat(msgs []Message) {
+	for _, m := range msgs {
+		s.put(m)
+		text := "beat"
+		s.tally[0]++
+		if m.Kind == MsgBeatAck {
+			text = fmt.Sprintf("beat heard, for all that is registered under generation %d", m.Generation)
+			s.tally[0]--
+			s.tally[1]++
+		}
+		if s.heartbeats == "told" {
+			s.sayOf(fmt.Sprintf("%d -> ", m.From), m.To, "  "+text)
+		}
+	}
+}
+
 // lost reports whether a message does not make it onto its link.
 func (s *story) lost(m Message) bool {
 	link := [2]ReplicaID{m.From, m.To}
@@ -520,22 +577,46 @@ func (s *story) lost(m Message) bool {
 
 func (s *story) pass(d time.Duration) {
 	for end := s.now.Add(d); s.now < end; {
-		s.now = s.now.Add(linkDelay)
-		due := slices.Clone(s.flights)
-		s.flights = slices.DeleteFunc(s.flights, func(f flight) bool { return f.at <= s.now })
-		for _, f := range due {
-			if to := s.nodes[f.m.To]; f.at <= s.now && to != nil && to.r != nil {
-				r := to.r
-				s.check(r.Step(s.now, f.m))
-				s.settle(r)
-			}
-		}
-		for _, id := range s.everyone() {
-			if r := s.nodes[id].r; r != nil {
-				r.Tick(s.now)
-				s.settle(r)
-			}
+		s.move()
+		if s.other != nil {
+			s.other.move()
 		}
 	}
+	if s.heartbeats == "counted" {
+		t := s.tally
+		if s.other != nil {
+			t[2] += s.other.tally[2]
+		}
+		s.say("in this time: %d beats, %d answers, and %d heartbeats and answers of groups", t[0], t[1], t[2])
+	}
 	s.flush()
+}
+
+// move lets linkDelay pass.
+func (s *story) move() {
+	s.now = s.now.Add(linkDelay)
+	due := slices.Clone(s.flights)
+	s.flights = slices.DeleteFunc(s.flights, func(f flight) bool { return f.at <= s.now })
+	for _, f := range due {
+		to := s.nodes[f.m.To]
+		switch {
+		case f.at > s.now || to == nil || to.r == nil:
+		case f.m.Kind == MsgBeat || f.m.Kind == MsgBeatAck:
+			s.beat(s.beats[f.m.To].Step(s.now, f.m))
+		default:
+			s.check(to.r.Step(s.now, f.m))
+			s.settle(to.r)
+		}
+	}
+	for _, id := range s.everyone() {
+		r := s.nodes[id].r
+		if r == nil {
+			continue
+		}
+		if s.other != nil { // the first group's story carries them
+			s.beat(s.beats[id].Tick(s.now))
+		}
+		r.Tick(s.now)
+		s.settle(r)
+	}
 }
