@@ -26,11 +26,13 @@ const (
 	probeInterval   = 10 * time.Second
 )
 
-// electionTimeout is T: timeouts are uniform in [T, 2T]. A round trip measured
-// across a pause must not put off elections for longer than a lease would.
+// electionTimeout is T: timeouts are uniform in [T, 2T]. It is not longer than a
+// lease, for what was measured across a pause is no round trip, and is forgotten
+// slowly between two that seldom speak. Four round trips that are a lease leave
+// none to be renewed in time.
 func (r *Replica) electionTimeout() time.Duration {
-	t := max(r.cfg.ElectionTimeoutMin, 4*r.quorumRoundTrip()+r.cfg.HeartbeatInterval)
-	return min(t, max(r.cfg.ElectionTimeoutMin, r.cfg.LeaseDuration/2))
+	t := 4*r.quorumRoundTrip() + r.cfg.HeartbeatInterval
+	return max(r.cfg.ElectionTimeoutMin, min(t, r.cfg.LeaseDuration))
 }
 
 // quorumRoundTrip is the round trip to the farthest replica of the nearest
