@@ -59,10 +59,14 @@
 // chosen what it accepted at that leader's ballot; anything else it fetches,
 // from any peer.
 //
-// Heartbeats renew the lease (lease.go). A leader that has had no lease for a
-// LeaseDuration steps down. One that hands over (transfer.go) stops, drains,
-// stops using its lease, and only then tells its successor, whose Prepare names
-// the leadership whose lease it may pass.
+// Heartbeats renew the lease (lease.go). Those of all groups of two processes
+// are one beat at rest, if the caller has them share it (Beats, beat.go). Reads
+// take no slot: the lease vouches for the chosen slot of its holder, or a
+// quorum that is asked after the read was, at the holder or for whoever asks it
+// (read.go). A leader that has had no lease for a LeaseDuration steps down. One
+// that hands over (transfer.go) stops, drains, stops using its lease, and only
+// then tells its successor, whose Prepare names the leadership whose lease it
+// may pass.
 //
 // # Using it
 //
