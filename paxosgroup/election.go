@@ -7,6 +7,7 @@ import (
 
 // candidacy is one attempt at leading, from pre-vote to the end of phase 1.
 type candidacy struct {
+	began     Instant // the pre-vote that led here, if there was one
 	startedAt Instant
 	until     Instant
 	failures  int         // attempts since a leader was last heard of
@@ -104,8 +105,12 @@ func (r *Replica) nextBallot() Ballot {
 
 func (r *Replica) beginCandidacy(s stage) {
 	failures := r.candidacy.failures
+	began := r.now
+	if r.stage == asking {
+		began = r.candidacy.began
+	}
 	r.role, r.stage, r.ballot, r.leader = Candidate, s, r.nextBallot(), Ballot{}
-	r.candidacy = candidacy{startedAt: r.now, failures: failures}
+	r.candidacy = candidacy{began: began, startedAt: r.now, failures: failures}
 	r.candidacy.until = r.now.Add(r.electionTimeout() << min(failures, failuresMax))
 }
 

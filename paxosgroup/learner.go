@@ -61,6 +61,11 @@ func (r *Replica) choose(s Slot, e Entry) {
 	if v == Void {
 		r.void++
 	}
+	if e.Kind == KindOpening && r.stage == proposing && e.Term == r.ballot {
+		r.openings++
+		r.openingTook = r.now.Sub(r.candidacy.began)
+		r.openingTotal += r.openingTook
+	}
 	r.pending.Delivered = append(r.pending.Delivered, Delivered{Slot: s, Entry: e, Verdict: v})
 	if m, ok := r.membership.Next(e); ok {
 		r.setMembership(m, s)

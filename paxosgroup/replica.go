@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"slices"
+	"time"
 )
 
 // Errors that callers compare.
@@ -61,9 +62,14 @@ type Replica struct {
 	contacts   []Member
 	settled    bool // leader: a phase-2 quorum has configAt as chosen, on disk
 	void       uint64
-	commit     Slot // the leader of commitAt has everything up to here as chosen
-	commitAt   Ballot
-	fetch      fetchState
+
+	openings     uint64 // own, chosen
+	openingTook  time.Duration
+	openingTotal time.Duration
+
+	commit   Slot // the leader of commitAt has everything up to here as chosen
+	commitAt Ballot
+	fetch    fetchState
 
 	// Lease as a grantor.
 	grantedTo    Ballot

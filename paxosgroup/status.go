@@ -9,6 +9,7 @@ func (r *Replica) Status() Status {
 		ID: r.cfg.ID, Role: r.role, Leader: r.leader.Replica, Ballot: r.highest, Promised: r.promised,
 		Base: r.base.Slot, Chosen: r.chosen, Judge: r.judge.Clone(), Membership: r.membership, Void: r.void,
 		Durability: r.membership.Durability(), Contacts: r.contacts, Change: r.changeState(),
+		Openings: r.openings, OpeningTook: r.openingTook, OpeningTotal: r.openingTotal,
 	}
 	if r.role != Leader {
 		return s

@@ -351,6 +351,13 @@ type Status struct {
 	Contacts   []Member     // whom to be connected with: members, those just removed, those about to be added
 	Peers      []PeerStatus // leader only
 	Void       uint64       // void entries delivered since start
+
+	// Of the terms that this replica opened since start: how many, and from the
+	// beginning of the candidacy to the opening chosen, of the last and of all.
+	Openings     uint64
+	OpeningTook  time.Duration
+	OpeningTotal time.Duration
+
 	// HandBackDue is the replica of the preferred region, while this one leads
 	// and that one is fit to: leadership is to be transferred to it. 0 otherwise.
 	HandBackDue ReplicaID

@@ -28,7 +28,7 @@ func newMetrics(reg *prometheus.Registry) *metrics {
 	}
 }
 
-func (m *metrics) watch(reg *prometheus.Registry, log durableLog, group *runner.Group) {
+func (m *metrics) watch(reg *prometheus.Registry, log durableLog, run *runner.Runner, group *runner.Group) {
 	f := promauto.With(reg)
 	counter := func(name, help string, v func() float64) {
 		f.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: help}, v)
@@ -50,5 +50,31 @@ func (m *metrics) watch(reg *prometheus.Registry, log durableLog, group *runner.
 		}
 		return 0
 	})
+	counter("quorate_entries_total", "Entries of the log delivered since start.", func() float64 { return float64(run.Stats().Delivered) })
 	counter("quorate_void_entries_total", "Entries delivered void since start.", func() float64 { return float64(group.Status().Void) })
+	counter("quorate_openings_total", "Terms that this region opened since start.", func() float64 { return float64(group.Status().Openings) })
+	counter("quorate_opening_seconds_total", "From the beginning of a candidacy to its opening chosen, of all terms that this region opened.", func() float64 { return group.Status().OpeningTotal.Seconds() })
+	counter("quorate_put_off_messages_total", "Messages not taken because the disk of the log was full or behind.", func() float64 { return float64(run.Stats().Unstored) })
+	reg.MustRegister(batchSizes{run})
+}
+
+// batchSizes shows how many entries are accepted, and flushed, together.
+type batchSizes struct{ run *runner.Runner }
+
+var batchDesc = prometheus.NewDesc("quorate_batch_entries", "Entries accepted at once, to share a flush.", nil, nil)
+
+// Describe implements prometheus.Collector.
+func (batchSizes) Describe(out chan<- *prometheus.Desc) { out <- batchDesc }
+
+// Collect implements prometheus.Collector.
+func (b batchSizes) Collect(out chan<- prometheus.Metric) {
+	st := b.run.Stats()
+	buckets, count := make(map[float64]uint64), uint64(0)
+	for i, n := range st.BatchSizes {
+		count += n
+		if i < runner.BatchBuckets-1 { // the last is without a bound
+			buckets[float64(uint64(1)<<i)] = count
+		}
+	}
+	out <- prometheus.MustNewConstHistogram(batchDesc, count, float64(st.Accepted), buckets)
 }

@@ -303,7 +303,7 @@ func takePart(ctx context.Context, cfg *config.Config, id identity, member *memb
 	// Not before its database is known to be able to lead.
 	group.SetElectable(false)
 
-	m.watch(registry, slots, group)
+	m.watch(registry, slots, run, group)
 	images, err := snapshot.NewServer(snapshot.ServerConfig{Source: s, ClusterID: fmt.Sprintf("%016x", id.ClusterID), Logger: log})
 	if err != nil {
 		return err

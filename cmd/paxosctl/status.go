@@ -240,5 +240,13 @@ func printStatus(w io.Writer, v clusterView) error {
 			r.Health,
 		})
 	}
-	return printTable(w, rows)
+	if err := printTable(w, rows); err != nil {
+		return err
+	}
+	for _, r := range v.Regions {
+		if r.Void > 0 {
+			fmt.Fprintf(w, "%s: %d void entries since its sidecar started (of leaderships that ended: no region applied them, nobody was told that they committed)\n", r.Name, r.Void)
+		}
+	}
+	return nil
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/bits"
 	"slices"
 	"sync/atomic"
 	"time"
@@ -448,6 +449,15 @@ func (e *Engine) Deadline() (paxosgroup.Instant, bool) {
 		return 0, false
 	}
 	return next, true
+}
+
+// batch counts entries that were accepted at once.
+func (s *Stats) batch(entries int) {
+	if entries == 0 {
+		return
+	}
+	s.Accepted += uint64(entries)
+	s.BatchSizes[min(bits.Len(uint(entries-1)), BatchBuckets-1)]++
 }
 
 // Stats returns the counters.

@@ -221,13 +221,18 @@ func (g *EngineGroup) pay(rd paxosgroup.Ready) {
 	if len(rd.Send) > 0 {
 		e.cfg.Transport.Send(g.id, rd.Send)
 	}
-	flush := false
-	for _, rec := range rd.Persist {
+	flush, accepted := false, 0
+	for i := range rd.Persist {
+		rec := &rd.Persist[i]
 		flush = flush || rec.NeedsFlush()
-		if rec.Kind == paxosgroup.RecordBase {
+		switch rec.Kind {
+		case paxosgroup.RecordAccept:
+			accepted++
+		case paxosgroup.RecordBase:
 			g.restarted(*rec.Base)
 		}
 	}
+	e.stats.batch(accepted)
 	d := done{group: g, seq: rd.Seq, counts: flush}
 	after := rd.AfterSync
 	switch {

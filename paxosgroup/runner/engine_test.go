@@ -141,6 +141,22 @@ func TestProposalsGatherDuringAFlush(t *testing.T) {
 	}
 }
 
+func TestCostsAreCounted(t *testing.T) {
+	b := newBench(t, nil)
+	if s := b.group.Status(); s.Openings != 1 || s.OpeningTook <= 0 || s.OpeningTotal != s.OpeningTook {
+		t.Errorf("%d openings, the last took %v, all %v", s.Openings, s.OpeningTook, s.OpeningTotal)
+	}
+	before := b.engine.Stats()
+	for range 5 {
+		b.propose()
+	}
+	b.pass(0)
+	after := b.engine.Stats()
+	if after.Accepted-before.Accepted != 5 || after.BatchSizes[3]-before.BatchSizes[3] != 1 { // up to 8
+		t.Errorf("%d entries, batches %v, before %v", after.Accepted-before.Accepted, after.BatchSizes, before.BatchSizes)
+	}
+}
+
 // What would make a crowded log longer is put off, and nothing else.
 func TestNothingIsAddedToACrowdedLog(t *testing.T) {
 	b := newBench(t, nil)

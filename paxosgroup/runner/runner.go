@@ -37,15 +37,20 @@ func (e *NotLeaderError) Error() string {
 
 func (e *NotLeaderError) Unwrap() error { return paxosgroup.ErrNotLeader }
 
+// BatchBuckets is how many sizes of batches Stats tells apart.
+const BatchBuckets = 12
+
 // Stats counts since New.
 type Stats struct {
-	Dropped     uint64 // messages that met a full inbox
-	Unknown     uint64 // messages for groups that are not here
-	Refused     uint64 // messages that a core would not take
-	Batches     uint64 // sets of records handed to the log that needed a flush
-	Delivered   uint64 // entries
-	Unstored    uint64 // messages not taken because the log was full or crowded, or the group had failed
-	MissedTimes uint64 // the wall clock was found ahead of the boot clock
+	Dropped     uint64               // messages that met a full inbox
+	Unknown     uint64               // messages for groups that are not here
+	Refused     uint64               // messages that a core would not take
+	Batches     uint64               // sets of records handed to the log that needed a flush
+	Delivered   uint64               // entries
+	BatchSizes  [BatchBuckets]uint64 // of sets of records that accept entries: bucket i counts those of at most 1<<i entries, the last also larger ones
+	Accepted    uint64               // entries in them
+	Unstored    uint64               // messages not taken because the log was full or crowded, or the group had failed
+	MissedTimes uint64               // the wall clock was found ahead of the boot clock
 }
 
 // Runner drives groups. Its methods may be called from any goroutine.
