@@ -510,7 +510,7 @@ func TestSecondDatabaseOnTheLeadersServer(t *testing.T) {
 	firstLeads(r1, r2)
 	r2.start()
 	r1.start()
-	r1.awaitWritable()
+	lead(t, r1, r1, r2)
 	r1.run("CREATE TABLE t (id int PRIMARY KEY)", "INSERT INTO t VALUES (1)")
 	runOn(t, r1.server.DSN("postgres"), "CREATE DATABASE shop")
 	runOn(t, r1.server.DSN("shop"), "CREATE TABLE orders (id int)")
@@ -599,6 +599,7 @@ func TestReadOnlyDataDir(t *testing.T) {
 // A sidecar of another cluster stands where a peer is expected: at the making
 // of the cluster, and later.
 func TestAnotherClustersSidecarAtAPeersAddress(t *testing.T) {
+	t.Parallel() // it mostly waits
 	r1, r2 := newSite(t, "demo", "r1", newServer(t, nil)), newSite(t, "demo", "r2", newServer(t, nil))
 	together(r1, r2)
 	firstLeads(r1, r2)
@@ -617,7 +618,7 @@ func TestAnotherClustersSidecarAtAPeersAddress(t *testing.T) {
 	}
 	r1.config["regions"] = right
 	r1.start()
-	r1.awaitWritable()
+	lead(t, r1, r1, r2)
 	r1.run("CREATE TABLE t (id int PRIMARY KEY)", "INSERT INTO t VALUES (1)")
 
 	// r2's host is given to the other cluster: its sidecar must not count as r2's.
@@ -883,9 +884,7 @@ func TestFullDiskAndLostLogOfOneRegion(t *testing.T) {
 	for _, s := range sites {
 		s.start()
 	}
-	if l := leaderOf(t, sites...); l != r1 {
-		transfer(t, l, r1)
-	}
+	lead(t, r1, sites...)
 	r1.run("CREATE TABLE t (id int PRIMARY KEY, filler text)")
 
 	// Write until r1 takes no more: with room left for what is under way it hands
@@ -1016,6 +1015,17 @@ func fillDisk(t testing.TB, s *site, from, to int) int {
 		}
 	}
 	return to
+}
+
+// lead has one of the sites lead. It mostly does so by itself, see firstLeads;
+// where the machine is busy the others' wait may be over before its database is
+// ready.
+func lead(t testing.TB, to *site, sites ...*site) {
+	t.Helper()
+	if l := leaderOf(t, sites...); l != to {
+		transfer(t, l, to)
+	}
+	to.awaitWritable()
 }
 
 // transfer hands leadership over as an operator does.
