@@ -208,8 +208,9 @@ func (se *session) makeDurable(ctx context.Context) error {
 		return err
 	}
 	se.mu.Lock()
-	// What is not whole is of no use to others: they need its first fragment.
-	se.durable = max(se.durable, se.large.whole(paxosgroup.Slot(flushed)))
+	// What is not whole is of no use to others: they need its first fragment, and
+	// where that is is known only of what was learned.
+	se.durable = max(se.durable, se.large.whole(min(paxosgroup.Slot(flushed), se.learned)))
 	se.mu.Unlock()
 	return nil
 }
@@ -224,12 +225,9 @@ func (se *session) cutLog(ctx context.Context, redelivered entry.LSN) error {
 	}
 	n := needs{others: se.neededByOthers(st.Membership, st.ID)}
 	se.mu.Lock()
-	n.own = min(se.durable, se.learned, se.heldBelow(time.Now()))
 	// Own commits that the server may hand over again are recognised by what the
 	// log holds of them.
-	if i := se.own.search(redelivered + 1); i < len(se.own.ring) {
-		n.own = min(n.own, se.own.at(i).slot-1)
-	}
+	n.own = min(se.durable, se.learned, se.heldBelow(time.Now()), se.own.through(redelivered))
 	to := cutAt(st.Base, st.Chosen, size, se.cfg.Log, n)
 	to = se.large.whole(to)
 	if to <= st.Base {

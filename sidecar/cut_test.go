@@ -1,6 +1,7 @@
 package sidecar
 
 import (
+	"math"
 	"testing"
 
 	"quorate/paxosgroup"
@@ -93,5 +94,50 @@ func TestFootings(t *testing.T) {
 	}
 	if _, err := footingAt(id, other, base(80, 9, here)); err == nil {
 		t.Error("a database that nobody knows is taken")
+	}
+}
+
+// TestNothingRedeliverableIsCut: an own commit that the server may hand over
+// again stays in the log, although more were made since than are remembered.
+func TestNothingRedeliverableIsCut(t *testing.T) {
+	var o ownCommits
+	if got := o.through(50); got != math.MaxUint64 {
+		t.Errorf("without own commits: %d", got)
+	}
+	const made = ownCommitsMax + 3*forgottenEvery
+	for i := uint64(1); i <= made; i++ {
+		o.add(paxosgroup.Slot(2*i), header(i, entry.LSN(i*10)))
+	}
+	for lsn, want := range map[entry.LSN]paxosgroup.Slot{
+		5:                            0, // the first may be handed over
+		10:                           2,
+		10 * forgottenEvery:          2, // the next that is known lies above
+		10*forgottenEvery + 10:       2 * (forgottenEvery + 1),
+		10 * (3*forgottenEvery + 1):  2*(3*forgottenEvery+2) - 1, // remembered, exactly
+		10*(3*forgottenEvery+1) + 9:  2*(3*forgottenEvery+2) - 1,
+		10 * made:                    math.MaxUint64,
+		10*(made-1) + 5:              2*made - 1,
+		10*(3*forgottenEvery) + 0:    2 * (2*forgottenEvery + 1),
+		10*(2*forgottenEvery+1) - 10: 2 * (forgottenEvery + 1),
+	} {
+		if got := o.through(lsn); got != want {
+			t.Errorf("handed over again above %d: %d, want %d", lsn, got, want)
+		}
+	}
+}
+
+// TestDurableFallsWithTheServer: what a server had on disk before it was put back
+// to an earlier state is not counted on; what it has after a mere restart is.
+func TestDurableFallsWithTheServer(t *testing.T) {
+	s := &shard{applied: 520, durable: 500, progress: 500}
+	s.large.begin(280)
+	s.large.finish(310)
+	s.standAt(500)
+	if s.applied != 520 || s.durable != 500 {
+		t.Errorf("restarted: applied %d, on disk %d", s.applied, s.durable)
+	}
+	s.standAt(300)
+	if s.applied != 300 || s.durable != 279 {
+		t.Errorf("put back: applied %d, on disk %d", s.applied, s.durable)
 	}
 }

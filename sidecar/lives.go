@@ -14,8 +14,9 @@ import (
 )
 
 // lives are the newest life known of each other replica. They are on disk before
-// the replica is answered, so a data_dir that was put back to an earlier state is
-// recognised by every region that has heard of what came after.
+// the replica is answered, so a data_dir that was put back to before its last
+// start is recognised by every region that has heard of that. One that was put
+// back to later than that is not: its next start looks like any other.
 type lives struct {
 	path string
 

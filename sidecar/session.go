@@ -211,11 +211,7 @@ func (se *session) connect(ctx context.Context) error {
 		}
 		se.state = admin.StateStarting
 		se.health = ""
-		// What lies between the origin's progress and what was applied wrote
-		// nothing, or was this incarnation's own, if the progress is what it was.
-		if p := se.replay.Progress(); p != se.progress || se.applied < paxosgroup.Slot(p) {
-			se.applied = paxosgroup.Slot(p)
-		}
+		se.standAt(paxosgroup.Slot(se.replay.Progress()))
 	})
 	se.mu.Lock()
 	base, applied, floor := se.ground.Slot, se.applied, se.ground.Redelivered
@@ -232,6 +228,19 @@ func (se *session) connect(ctx context.Context) error {
 		return se.quarantine(ctx)
 	}
 	return nil
+}
+
+// standAt takes note of the origin's progress, flushed, that a session begins
+// with. The caller holds mu.
+func (s *shard) standAt(progress paxosgroup.Slot) {
+	// What lies between the progress and what was applied wrote nothing, or was
+	// this incarnation's own, if the progress is what it was.
+	if progress != paxosgroup.Slot(s.progress) || s.applied < progress {
+		s.applied = progress
+	}
+	// A server that was put back to an earlier state meanwhile no longer has what
+	// it had: neither this log nor another's may be cut by that.
+	s.durable = min(s.durable, s.large.whole(progress))
 }
 
 // slotBusyMax bounds how long a new stream waits for the last one's walsender.

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"slices"
 	"sync"
 	"time"
@@ -595,7 +596,21 @@ type ownCommits struct {
 	ring  []ownCommit
 	start int
 	cut   entry.LSN // where the last of those ends that the log no longer holds
+
+	// Of those that were forgotten, which the log may hold: every so many, and how many.
+	forgotten []forgottenCommit
+	forgot    uint64
 }
+
+type forgottenCommit struct {
+	slot paxosgroup.Slot
+	end  entry.LSN
+}
+
+const (
+	forgottenEvery = 4096
+	forgottenMax   = 1024
+)
 
 type ownCommit struct {
 	slot   paxosgroup.Slot
@@ -610,6 +625,14 @@ func (o *ownCommits) add(slot paxosgroup.Slot, h entry.Header) {
 		o.ring = append(o.ring, c)
 		return
 	}
+	if o.forgot%forgottenEvery == 0 {
+		if len(o.forgotten) == forgottenMax {
+			o.forgotten = append(o.forgotten[:0], o.forgotten[forgottenMax/2:]...)
+		}
+		old := &o.ring[o.start]
+		o.forgotten = append(o.forgotten, forgottenCommit{old.slot, old.header.EndLSN})
+	}
+	o.forgot++
 	o.ring[o.start] = c
 	o.start = (o.start + 1) % len(o.ring)
 }
@@ -653,6 +676,24 @@ func (o *ownCommits) allIn(lsn entry.LSN, ends []entry.LSN) bool {
 		}
 	}
 	return true
+}
+
+// through returns a slot up to which every own commit ends at or below lsn: the
+// highest, unless the first above it is forgotten.
+func (o *ownCommits) through(lsn entry.LSN) paxosgroup.Slot {
+	i := o.search(lsn + 1)
+	switch {
+	case i == 0 && o.forgot > 0:
+		for j := len(o.forgotten) - 1; j >= 0; j-- {
+			if o.forgotten[j].end <= lsn {
+				return o.forgotten[j].slot
+			}
+		}
+		return 0
+	case i == len(o.ring):
+		return math.MaxUint64
+	}
+	return o.at(i).slot - 1
 }
 
 // lastAt returns where the last own commit in a slot up to the given one ends.

@@ -429,7 +429,8 @@ func (s *shard) fail(err error) {
 // replace seeds this region anew. Where the image stands above what the log
 // holds, which others have cut, the log begins there.
 func (s *shard) replace(ctx context.Context, db *database, member *membership) error {
-	s.set(func() { s.state, s.health = admin.StateSeeding, "" })
+	// What the database had on disk is not counted on from now on: it is wrong, or gone.
+	s.set(func() { s.state, s.health, s.durable = admin.StateSeeding, "", 0 })
 	st := s.group.Status()
 	above := st.Base
 	if s.group.NeedsSnapshot() {
