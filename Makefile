@@ -52,9 +52,10 @@ sim:
 explore:
 	go test ./paxosgroup -count=1 -timeout 20m -run '^TestExplore' -v -explore.states=1700000
 
-# Deliberate bugs, each of which the simulator must catch within 2000 seeds; prints the table of docs/verification.md.
+# Deliberate bugs, each of which the simulator must catch within 2000 seeds; records the seeds in
+# test/sim/mutants/table_test.go and the table of docs/verification.md.
 mutants:
-	go test ./test/sim/mutants -count=1 -timeout 120m -v -mutants.all
+	go test ./test/sim/mutants -count=1 -timeout 120m -v -mutants.all -mutants.record
 
 # FUZZTIME for each fuzz test of the project.
 FUZZTIME ?= 30s

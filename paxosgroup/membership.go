@@ -273,6 +273,10 @@ func (m Membership) Next(e Entry) (Membership, bool) {
 
 func (m Membership) leadsTo(n Membership) bool {
 	switch {
+	case len(m.Members) == 0:
+		// This replica was started without the first membership, of epoch 0. All that
+		// leads to epoch 1 was made for that one, by a leader that had it.
+		return m.Epoch == 0
 	case m.Joint():
 		return !n.Joint() && (n.Incoming().same(m.Incoming()) || n.Incoming().same(*m.Outgoing))
 	case n.Joint():

@@ -62,6 +62,30 @@ func TestStaleChangeTakesNoEffect(t *testing.T) {
 	}
 }
 
+// One that was started without a membership follows the changes in the log, of
+// which the first was made for the membership that it does not know.
+func TestAMembershipIsLearnedFromTheFirstChange(t *testing.T) {
+	first := five()
+	out := first.Incoming()
+	joint := voters(7, 1, 2, 6)
+	joint.Epoch, joint.Outgoing = 1, &out
+	last := voters(7, 1, 2, 6)
+	last.Epoch = 2
+	known, unknown := first, Membership{}
+	for _, next := range []Membership{last, joint, joint, last} {
+		e := Entry{Kind: KindConfig, Payload: EncodeMembership(next)}
+		var took, takes bool
+		known, took = known.Next(e)
+		unknown, takes = unknown.Next(e)
+		if took != takes {
+			t.Errorf("the change to epoch %d takes %v, and %v where nothing is known", next.Epoch, took, takes)
+		}
+	}
+	if !reflect.DeepEqual(known, unknown) || unknown.Epoch != 2 {
+		t.Errorf("learned %+v, want %+v", unknown, known)
+	}
+}
+
 func TestMembershipEncodingRoundTrips(t *testing.T) {
 	m := five()
 	m.Epoch, m.Phase1, m.Phase2 = 1<<40, 4, 2

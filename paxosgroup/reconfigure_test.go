@@ -288,6 +288,37 @@ func TestANewLeaderFinishesAJointChange(t *testing.T) {
 	}
 }
 
+// Farther followers are sent entries a little later than the nearest quorum. The
+// inherited change may be chosen by then, and in force without its own phase 1.
+func TestAChosenChangeIsSentToFarFollowers(t *testing.T) {
+	to := voters(9, 6, 7, 8)
+	to.Epoch = 1
+	from := five().Incoming()
+	to.Outgoing = &from
+	entry := Entry{Kind: KindConfig, Term: Ballot{1, 5}, Payload: EncodeMembership(to)}
+	l := newLab(t, 1, false)
+	l.r.highest = Ballot{5, 5}
+	b := l.prepare()
+	for _, id := range []ReplicaID{2, 3} {
+		l.r.peer(id).flow.roundTrip.add(l.now, time.Millisecond, flowRoundTripPeriod)
+	}
+	l.step(Message{Kind: MsgPromise, From: 2, Ballot: b, Accepted: []AcceptedEntry{{Slot: 1, Ballot: Ballot{1, 5}, Entry: entry}}})
+	if acc := only(l.step(Message{Kind: MsgPromise, From: 3, Ballot: b}), MsgAccept); len(acc) != 2 {
+		t.Fatalf("sends %+v, want the entry on its way to the nearest quorum alone", acc)
+	}
+	out := l.accepted(1, 2, 3)
+	if m := l.r.membership; !m.Joint() || l.r.lead.phase1 {
+		t.Fatalf("membership %+v, phase 1 %v: want the change in force and its phase 1 open", m, l.r.lead.phase1)
+	}
+	late := map[ReplicaID]bool{}
+	for _, m := range only(append(out, l.pass(2*hedgeDelay)...), MsgAccept) {
+		late[m.To] = len(m.Entries) == 1 && m.Entries[0].Slot == 1 && m.Chosen == 1
+	}
+	if !late[4] || !late[5] {
+		t.Errorf("sent to %v, want the chosen entry at 4 and 5", late)
+	}
+}
+
 // What a dead leader proposed above its joint entry, only the incoming side may
 // have: a leader that knows nothing of the change need not find it, for it
 // cannot be chosen; one that does asks them.

@@ -91,8 +91,10 @@ type GroupConfig struct {
 	// if the log holds anything of the group.
 	Core paxosgroup.Config
 	// Bootstrap is the membership that a group starts with if the log holds
-	// nothing of it. It must be the same in every replica, and empty in one that
-	// joins a group that exists.
+	// nothing of it: the very first one, and the same in every replica. One that
+	// joins a group that exists may have it too, or none: it is no member then of
+	// anything until it learns of the change that makes it one, from the log or an
+	// image.
 	Bootstrap paxosgroup.Membership
 	// RecentBytesMax and RecentEntriesMax bound the chosen entries kept in
 	// memory. 0 means 64 MiB and 65536.

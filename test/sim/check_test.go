@@ -3,16 +3,12 @@ package sim
 import (
 	"bytes"
 	"fmt"
+	"slices"
 	"time"
 
 	"quorate/paxosgroup"
 	"quorate/paxosgroup/runner"
 )
-
-type vote struct {
-	slot   paxosgroup.Slot
-	ballot paxosgroup.Ballot
-}
 
 // groupCheck watches one group from outside. It shares nothing with the code it
 // watches but types.
@@ -23,26 +19,32 @@ type groupCheck struct {
 	log        []paxosgroup.Delivered // log[s-1] is slot s, as first handed out
 	membership paxosgroup.Membership  // governs slot len(log)+1
 	order      *primaryOrder
-	votes      map[vote]*ballotVotes
-	votesFrom  paxosgroup.Slot // there are none below
+	votes      map[paxosgroup.Slot][]*ballotVotes // of slots that nobody was handed yet, and some below
+	configs    map[paxosgroup.Slot]bool           // slots of votes in which somebody accepted a change
 	kv         *store
 
 	proposed     map[string]bool // payloads, by anybody
+	effective    map[string]bool // of these
 	acknowledged []operationID   // as effective
+	confirmed    []string        // payloads that their proposer was told are effective
 
-	void, terms, changes int
-	offeredAt            time.Duration
+	void, terms, changes         int
+	contested, overruled, probes int // see coverage
+	offeredAt                    time.Duration
 }
 
 // ballotVotes is the value of a slot at a ballot, and who has flushed it.
 type ballotVotes struct {
-	entry paxosgroup.Entry
-	by    map[paxosgroup.ReplicaID]bool
+	ballot paxosgroup.Ballot
+	entry  paxosgroup.Entry
+	by     map[paxosgroup.ReplicaID]bool
+	chosen bool // a quorum has, whether anybody knows or not
 }
 
 func newGroupCheck(w *world, id paxosgroup.GroupID, first paxosgroup.Membership) *groupCheck {
 	return &groupCheck{
-		w: w, id: id, membership: first, order: newPrimaryOrder(), votes: map[vote]*ballotVotes{}, votesFrom: 1, kv: newStore(), proposed: map[string]bool{},
+		w: w, id: id, membership: first, order: newPrimaryOrder(), votes: map[paxosgroup.Slot][]*ballotVotes{}, configs: map[paxosgroup.Slot]bool{},
+		kv: newStore(), proposed: map[string]bool{}, effective: map[string]bool{},
 	}
 }
 
@@ -78,6 +80,9 @@ func (c *groupCheck) observe(h *host, g *runner.EngineGroup, v *view) {
 				}
 			})
 		}
+	}
+	if lease > h.clock() {
+		c.leaseRead(h, g)
 	}
 	if v.looks++; v.looks%32 == 0 {
 		c.status(h, g, v)
@@ -127,6 +132,7 @@ func (c *groupCheck) first(h *host, d paxosgroup.Delivered) {
 	case d.Entry.Kind == paxosgroup.KindOpening && d.Verdict == paxosgroup.Effective:
 		c.terms++
 	case d.Entry.Kind == paxosgroup.KindData && d.Verdict == paxosgroup.Effective:
+		c.effective[string(d.Entry.Payload)] = true
 		c.kv.apply(d)
 	case d.Entry.Kind == paxosgroup.KindConfig:
 		if m, err := paxosgroup.DecodeMembership(d.Entry.Payload); err == nil && m.Epoch == c.membership.Epoch+1 {
@@ -139,8 +145,8 @@ func (c *groupCheck) first(h *host, d paxosgroup.Delivered) {
 // durable looks for a ballot at which a quorum of the slot's membership has
 // flushed the entry.
 func (c *groupCheck) durable(d paxosgroup.Delivered) bool {
-	for v, b := range c.votes {
-		if v.slot == d.Slot && sameEntry(b.entry, d.Entry) && isPhase2Quorum(c.membership, b.by) {
+	for _, b := range c.votes[d.Slot] {
+		if sameEntry(b.entry, d.Entry) && isPhase2Quorum(c.membership, b.by) {
 			return true
 		}
 	}
@@ -185,22 +191,99 @@ func (c *groupCheck) accepted(h *host, s paxosgroup.Slot, ballot paxosgroup.Ball
 	if int(s) <= len(c.log) {
 		return
 	}
-	v := vote{s, ballot}
-	b := c.votes[v]
-	if b == nil {
-		b = &ballotVotes{entry: e, by: map[paxosgroup.ReplicaID]bool{}}
-		c.votes[v] = b
-	} else if !sameEntry(b.entry, e) {
+	i := slices.IndexFunc(c.votes[s], func(b *ballotVotes) bool { return b.ballot == ballot })
+	if i < 0 {
+		i = len(c.votes[s])
+		c.votes[s] = append(c.votes[s], &ballotVotes{ballot: ballot, entry: e, by: map[paxosgroup.ReplicaID]bool{}})
+		if e.Kind == paxosgroup.KindConfig {
+			c.configs[s] = true
+		}
+	}
+	b := c.votes[s][i]
+	if !sameEntry(b.entry, e) {
 		c.fail("slot %d at ballot %v: host %d accepted another entry than was accepted before", s, ballot, h.id)
 	}
 	b.by[h.id] = true
-	if len(c.votes) > 256 && int(c.votesFrom)+64 < len(c.log) { // what is handed out needs no proof any more
+	c.decide(s, b)
+	if len(c.votes) > 256 { // what is handed out needs no proof any more
 		for old := range c.votes {
-			if int(old.slot) <= len(c.log) {
+			if int(old) <= len(c.log) {
 				delete(c.votes, old)
+				delete(c.configs, old)
 			}
 		}
-		c.votesFrom = paxosgroup.Slot(len(c.log) + 1)
+	}
+}
+
+// decide holds that what a quorum has flushed at one ballot is all that may ever
+// be accepted at higher ones, even if nobody has been told. (Lamport, "Paxos Made
+// Simple", section 2.2, P2b.)
+func (c *groupCheck) decide(s paxosgroup.Slot, b *ballotVotes) {
+	if !b.chosen && c.governed(s) && isPhase2Quorum(c.membership, b.by) {
+		b.chosen = true
+	}
+	others := c.votes[s]
+	if len(others) < 2 {
+		return
+	}
+	for _, o := range others {
+		low, high := o, b
+		if b.ballot.Less(o.ballot) {
+			low, high = b, o
+		}
+		if low.chosen && !sameEntry(low.entry, high.entry) {
+			c.fail("slot %d: %v term %v number %d is chosen at ballot %v, and %v term %v number %d accepted at ballot %v", s,
+				low.entry.Kind, low.entry.Term, low.entry.Number, low.ballot, high.entry.Kind, high.entry.Term, high.entry.Number, high.ballot)
+		}
+		if !sameEntry(low.entry, high.entry) {
+			c.contested++
+			if high.chosen {
+				c.overruled++
+			}
+		}
+	}
+}
+
+// governed reports whether the membership that is known here governs the slot:
+// nobody has accepted a change between.
+func (c *groupCheck) governed(s paxosgroup.Slot) bool {
+	for at := range c.configs {
+		if int(at) > len(c.log) && at < s {
+			return false
+		}
+	}
+	return true
+}
+
+// leaseRead asks for the slot of a read, which must be at or above all that
+// anybody was handed.
+func (c *groupCheck) leaseRead(h *host, g *runner.EngineGroup) {
+	slot, ok := g.LeaseRead(h.clock())
+	if !ok || c.w.leaseUnsafe {
+		return
+	}
+	c.probes++
+	if int(slot) < len(c.log) {
+		c.fail("host %d would read by its lease at slot %d, and slot %d was handed out", h.id, slot, len(c.log))
+	}
+}
+
+// readIndex asks a host for the slot of a read, without reading.
+func (c *groupCheck) readIndex(h *host) {
+	floor := len(c.log)
+	h.turn(func(now paxosgroup.Instant) {
+		g := h.group(c.id)
+		_ = g.ReadIndex(now, func(slot paxosgroup.Slot, err error) { c.readSlot(h, slot, floor, err) }) // or it is busy
+	})
+}
+
+func (c *groupCheck) readSlot(h *host, slot paxosgroup.Slot, floor int, err error) {
+	if err != nil || c.w.leaseUnsafe {
+		return
+	}
+	c.probes++
+	if int(slot) < floor {
+		c.fail("a read at host %d is to be served at slot %d, and slot %d was handed out before it was asked for", h.id, slot, floor)
 	}
 }
 
@@ -220,9 +303,28 @@ func (c *groupCheck) restarted(h *host, st paxosgroup.Restored) {
 		c.fail("host %d restarts with promise %v, but has sent what rests on %v", h.id, st.Promised, v.vouched)
 	}
 	v.promised = st.Promised
+	c.remembers(h, st)
 	// What was written and not flushed may have been kept.
 	for _, a := range st.Accepted {
 		c.accepted(h, a.Slot, a.Ballot, a.Entry)
+	}
+}
+
+// remembers wants what a host has flushed found again.
+func (c *groupCheck) remembers(h *host, st paxosgroup.Restored) {
+	have := make(map[paxosgroup.Slot]paxosgroup.Ballot, len(st.Accepted))
+	for _, a := range st.Accepted {
+		have[a.Slot] = a.Ballot
+	}
+	for s, bs := range c.votes {
+		for _, b := range bs {
+			if !b.by[h.id] || s <= st.Chosen {
+				continue
+			}
+			if at, ok := have[s]; !ok || at.Less(b.ballot) {
+				c.fail("host %d restarts without what it flushed in slot %d at ballot %v", h.id, s, b.ballot)
+			}
+		}
 	}
 }
 

@@ -20,7 +20,13 @@
 //   - durability: an entry is handed out only when a phase-2 quorum of the
 //     membership that governs its slot has flushed it at one ballot, so it can
 //     not be lost; no ballot has two values in a slot;
-//   - promises: none falls, and none that was sent is forgotten by a crash;
+//   - choice: once a phase-2 quorum has flushed an entry at one ballot, nothing
+//     else is accepted in its slot at a higher one, even if nobody was told;
+//   - reads: a slot that a read is to be served at is at or above all that anybody
+//     had been handed when it was asked for;
+//   - promises: none falls, and none that was sent is forgotten by a crash, nor is
+//     anything else that was flushed;
+//   - confirmation: what a proposer was told is effective is effective;
 //   - primary order: the effective data entries of a term are a prefix of what
 //     its leader offered, a term ends where the next one opens, and no write is
 //     effective twice, however often it was proposed;

@@ -56,14 +56,24 @@ func (c *chaos) bulk() {
 			}
 			for _, g := range c.w.groups {
 				if h.up() && h.group(g.id).Brief().Role == paxosgroup.Leader {
-					for range 1 + c.w.rng.IntN(8) {
-						c.w.offer(h, g.id, c.w.rng.IntN(200))
+					if c.quiet(g) {
+						continue
 					}
+					for range 1 + c.w.rng.IntN(8) {
+						c.w.offer(h, g.id, c.w.rng.IntN(c.plan.sizeMax))
+					}
+					g.readIndex(h)
 				}
 			}
 		}
 		c.bulk()
 	})
+}
+
+// quiet reports whether a group is to rest: one of several does, most of the time,
+// where the disk is what matters.
+func (c *chaos) quiet(g *groupCheck) bool {
+	return c.plan.resting && g.id == 1 && c.w.rng.IntN(64) > 0
 }
 
 // offer proposes the next payload through a host, and reports whether it was
@@ -75,13 +85,17 @@ func (w *world) offer(h *host, g paxosgroup.GroupID, size int) bool { return *w.
 func (w *world) hand(h *host, g paxosgroup.GroupID, size int) *bool {
 	w.offers++
 	taken := false
-	p := &runner.Proposal{Payload: fmtPayload(w.offers, size)}
+	c := w.group(g)
+	p := &runner.Proposal{Payload: fmtPayload(w.offers, size), Wait: w.waits && w.offers%2 == 0}
 	p.Answered = func(p *runner.Proposal) {
 		if p.Err == nil {
 			taken = true
+			if p.Wait {
+				c.confirmed = append(c.confirmed, string(p.Payload))
+			}
 		}
 	}
-	w.group(g).proposed[string(p.Payload)] = true
+	c.proposed[string(p.Payload)] = true
 	h.turn(func(paxosgroup.Instant) { h.group(g).Propose(p) })
 	return &taken
 }
@@ -108,7 +122,7 @@ func (c *chaos) strike(f fault) bool {
 		return !h.gone && h.engine != nil && c.strikeHost(f, h)
 	case "cut", "split", "isolate", "heal":
 		return c.strikeNetwork(f)
-	case "transfer", "resign", "change", "shortlived", "deaf", "stutter":
+	case "transfer", "resign", "change", "shortlived", "deaf", "stutter", "relay", "farback", "handover", "estrange":
 		g := c.group(f.a)
 		l := c.w.leader(g.id)
 		return l != nil && c.strikeLeader(f, g, l)
@@ -189,7 +203,7 @@ func (c *chaos) truncate(f fault, h *host) bool {
 	}
 	did := false
 	h.turn(func(now paxosgroup.Instant) {
-		did = h.group(g.id).Truncate(now, v.delivered-paxosgroup.Slot(f.lasts%20)) == nil
+		did = h.group(g.id).Truncate(now, v.delivered-paxosgroup.Slot(f.lasts%c.plan.keepMax)) == nil
 	})
 	return did
 }
@@ -262,6 +276,16 @@ func (c *chaos) strikeLeader(f fault, g *groupCheck, l *host) bool {
 			}
 		})
 		did = true
+	case "relay":
+		did = c.relay(f, l)
+	case "farback":
+		c.farBack(f, l)
+		did = true
+	case "handover":
+		did = c.handOver(f, g, l)
+	case "estrange":
+		c.estrange(f, l)
+		did = true
 	case "shortlived":
 		l.crash()
 		l.startAfter(f.lasts)
@@ -274,6 +298,100 @@ func (c *chaos) strikeLeader(f fault, g *groupCheck, l *host) bool {
 		did = true
 	}
 	return did
+}
+
+// sever cuts what goes from some hosts to others, and reports how many links.
+func (w *world) sever(from, to func(*host) bool) {
+	for _, a := range w.hosts {
+		for _, b := range w.hosts {
+			if a != b && from(a) && to(b) {
+				w.cut[link{a.id, b.id}] = true
+			}
+		}
+	}
+}
+
+func some(bits uint64) func(*host) bool {
+	return func(h *host) bool { return bits>>(h.id%32)&1 == 1 }
+}
+
+func only(l *host) func(*host) bool { return func(h *host) bool { return h == l } }
+
+func not(f func(*host) bool) func(*host) bool { return func(h *host) bool { return !f(h) } }
+
+func anyone(*host) bool { return true }
+
+// relay takes a leader away that a few have just heard, and these with it: when
+// they come back, others have led, and each has accepted something else.
+func (c *chaos) relay(f fault, l *host) bool {
+	w, heard := c.w, some(f.b)
+	w.sever(only(l), not(heard))
+	w.after(f.lasts/40, func() {
+		if c.over || !l.up() {
+			return
+		}
+		switch f.c % 3 {
+		case 0:
+			l.crash()
+			l.startAfter(f.lasts / 4)
+		case 1:
+			l.pause(c.plan.lease + f.lasts/2)
+		default:
+			w.sever(only(l), anyone)
+			w.sever(anyone, only(l))
+		}
+		if f.c/3%4 > 0 {
+			w.sever(heard, not(heard))
+			w.sever(not(heard), heard)
+		}
+		w.after(c.plan.lease/2+f.lasts/3, func() { clear(w.cut) })
+	})
+	return true
+}
+
+// farBack has what is sent to a leader take about a lease, and then nothing that
+// it sends arrives: its answers are of a time long past.
+func (c *chaos) farBack(f fault, l *host) {
+	w := c.w
+	lag := c.plan.lease/4 + c.plan.lease*time.Duration(f.c%1000)/1600
+	w.lag[l.id] = lag
+	w.after(c.plan.lease+f.lasts/8, func() { w.sever(only(l), anyone) })
+	w.after(2*c.plan.lease+lag+f.lasts/4, func() {
+		delete(w.lag, l.id)
+		clear(w.cut)
+	})
+}
+
+// handOver transfers leadership from one that hears little, or nothing.
+func (c *chaos) handOver(f fault, g *groupCheck, l *host) bool {
+	w, deaf := c.w, some(f.c)
+	if f.c%3 > 0 {
+		deaf = anyone
+	}
+	members := l.group(g.id).Status().Membership.Members
+	to := members[f.b%uint64(len(members))].ID
+	w.sever(deaf, only(l))
+	did := false
+	l.turn(func(now paxosgroup.Instant) { did = l.group(g.id).Transfer(now, to) == nil })
+	w.after(f.lasts/4, func() { clear(w.cut) })
+	return did
+}
+
+// estrange keeps a leader away until another may lead, and then lets it meet only
+// some of the others again.
+func (c *chaos) estrange(f fault, l *host) {
+	w := c.w
+	w.sever(only(l), anyone)
+	w.sever(anyone, only(l))
+	w.after(c.plan.lease+c.plan.lease*time.Duration(f.c%1000)/1000, func() {
+		for _, h := range w.hosts {
+			if some(f.b)(h) {
+				delete(w.cut, link{l.id, h.id})
+				delete(w.cut, link{h.id, l.id})
+			}
+		}
+	})
+	w.after(2*c.plan.lease+f.lasts/2, func() { clear(w.cut) })
 }
 
 // drawChange draws what a group's membership is to become. A member whose disk
@@ -409,6 +527,7 @@ func (c *chaos) end() {
 	c.over = true
 	w.loss, w.repeat, w.slow, w.delayMax, w.flushMax = 0, 0, 0, 40*time.Millisecond, 2*time.Millisecond
 	clear(w.cut)
+	clear(w.lag)
 	for _, h := range w.hosts {
 		h.disk.SetFault(nil)
 		h.disk.SetSpace(0)

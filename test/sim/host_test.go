@@ -98,7 +98,7 @@ func (h *host) start() {
 	w := h.w
 	h.wakeAt, h.flushing, h.backlog, h.pausedUntil = 0, false, nil, 0
 	w.note(1, uint64(h.id), uint64(w.now))
-	log, restored, err := slotlog.Open(slotlog.Config{Dir: logDir, SegmentBytes: segmentBytes, FS: h.disk, Manual: true})
+	log, restored, err := slotlog.Open(slotlog.Config{Dir: logDir, SegmentBytes: w.segmentBytes, FS: h.disk, Manual: true})
 	if err != nil {
 		if w.now < h.shortUntil || errors.Is(err, slotlog.ErrFull) {
 			life := h.life
@@ -121,8 +121,13 @@ func (h *host) start() {
 		if w.tune != nil {
 			w.tune(&core)
 		}
-		// One that joins later learns from there what became of it.
-		cfg.Groups = append(cfg.Groups, runner.GroupConfig{Core: core, Bootstrap: w.first, RecentEntriesMax: 16, WaitingMax: 64})
+		// One that joins later learns from there what became of it, or from the log
+		// alone.
+		bootstrap := w.first
+		if !isMember(w.first, h.id) && h.id%2 == 0 {
+			bootstrap = paxosgroup.Membership{}
+		}
+		cfg.Groups = append(cfg.Groups, runner.GroupConfig{Core: core, Bootstrap: bootstrap, RecentEntriesMax: 16, WaitingMax: 64})
 	}
 	for _, c := range w.groups {
 		c.restarted(h, restored[c.id])

@@ -14,6 +14,7 @@ import (
 // parts of it can be left out to see whether it still fails.
 type plan struct {
 	seed      uint64
+	profile   string
 	first     paxosgroup.Membership
 	groups    int
 	clients   int // of each group
@@ -21,15 +22,22 @@ type plan struct {
 	shared    bool // heartbeats
 	handBack  bool
 	lease     time.Duration
+	election  time.Duration // least timeout; 0: what it is by itself
 	ppmMax    int64
+	driftPPM  int64 // what leases allow for
 	loss      float64
 	repeat    float64
 	slow      float64
 	delayMax  time.Duration
 	flushMax  time.Duration
 	bulkEvery time.Duration // between bursts of proposals
-	chaos     time.Duration
-	faults    []fault
+	sizeMax   int           // of their payloads
+	resting   bool          // group 1 does little
+	keepMax   time.Duration // logs are cut up to fewer slots, so many, below what is applied
+
+	segmentBytes int64
+	chaos        time.Duration
+	faults       []fault
 }
 
 // fault is one thing that happens at a time. What a, b and c mean, its kind says;
@@ -46,7 +54,7 @@ func (f fault) String() string {
 }
 
 func (p plan) String() string {
-	out := fmt.Sprintf("members %s, %d groups, %d clients each, preferred %q (hand back %v), shared beats %v, leases of %v, clocks within %d ppm\nloss %v, repeats %v, slow %v, delay up to %v, flush up to %v, bursts every %v, for %v",
+	out := p.profile + fmt.Sprintf(": members %s, %d groups, %d clients each, preferred %q (hand back %v), shared beats %v, leases of %v, clocks within %d ppm\nloss %v, repeats %v, slow %v, delay up to %v, flush up to %v, bursts every %v, for %v",
 		showMembers(p.first), p.groups, p.clients, p.preferred, p.handBack, p.shared, p.lease, p.ppmMax, p.loss, p.repeat, p.slow, p.delayMax, p.flushMax, p.bulkEvery, p.chaos)
 	for _, f := range p.faults {
 		out += "\n" + f.String()
@@ -89,9 +97,62 @@ var faultKinds = []struct {
 	{"deaf", 3 * time.Second},             // the leader of group a is cut off from b, and then stands still for about a lease
 	{"stutter", 2 * time.Second},          // the leader of group a reaches only b, and soon crashes or is cut off
 	{"shortlived", 4 * time.Second},       // the leader of group a crashes, and soon its successor
+	{"relay", 6 * time.Second},            // the leader of group a is lost with those that heard it last
+	{"farback", 8 * time.Second},          // the way to the leader of group a takes about a lease, and then it is not heard
+	{"handover", 6 * time.Second},         // transfer to b while the leader of group a is deaf
+	{"estrange", 8 * time.Second},         // the leader of group a comes back to only some of the others
 }
 
 const chaosFor = 8 * time.Second
+
+// profile is a kind of trouble that a world has more of than others do: these
+// faults alone, in these mean times.
+type profile struct {
+	name   string
+	faults map[string]time.Duration
+	shape  func(*plan, *rand.Rand)
+}
+
+const ms = time.Millisecond
+
+// profiles are taken in turn by seed. The first has some of everything.
+var profiles = []profile{
+	{"mixed", nil, nil},
+	{"storm", map[string]time.Duration{
+		"relay": 500 * ms, "shortlived": 3000 * ms, "stutter": 3000 * ms, "pause": 2000 * ms, "split": 3000 * ms, "heal": 2000 * ms,
+		"crash": 3000 * ms, "change": 2000 * ms, "retire": 2000 * ms,
+	}, func(p *plan, rng *rand.Rand) {
+		p.first, p.groups, p.preferred = voters(3+2*rng.IntN(2)), 1, ""
+		p.lease, p.election, p.chaos = 300*ms, 40*ms, 6*time.Second
+		p.delayMax = []time.Duration{5 * ms, 20 * ms, 60 * ms}[rng.IntN(3)]
+		p.slow = []float64{0, 0.01}[rng.IntN(2)]
+	}},
+	{"slow clock", map[string]time.Duration{
+		"farback": 1200 * ms, "estrange": 1500 * ms, "deaf": 1500 * ms, "pause": 2000 * ms, "isolate": 4000 * ms, "heal": 3000 * ms, "crash": 5000 * ms,
+	}, func(p *plan, rng *rand.Rand) {
+		p.first, p.preferred = voters(3+rng.IntN(3)), ""
+		p.lease, p.election, p.ppmMax, p.driftPPM = 600*ms, 40*ms, 49_000, 50_000
+		p.delayMax = []time.Duration{2 * ms, 10 * ms, 30 * ms}[rng.IntN(3)]
+		p.bulkEvery = time.Duration(10+rng.IntN(300)) * ms
+	}},
+	{"transfer storm", map[string]time.Duration{
+		"handover": 500 * ms, "transfer": 800 * ms, "estrange": 1500 * ms, "cut": 2000 * ms, "heal": 1000 * ms, "pause": 2000 * ms, "resign": 4000 * ms, "change": 2000 * ms,
+	}, func(p *plan, rng *rand.Rand) {
+		p.lease, p.election, p.groups = 600*ms, 40*ms, 1+rng.IntN(3)
+		p.clients = 1 + rng.IntN(3)
+		p.bulkEvery = time.Duration(10+rng.IntN(300)) * ms
+	}},
+	{"disk", map[string]time.Duration{
+		"truncate": 150 * ms, "crash": 800 * ms, "tear": 600 * ms, "kill": 1500 * ms, "failflush": 800 * ms, "failwrite": 1500 * ms, "full": 4000 * ms,
+		"split": 3000 * ms, "isolate": 3000 * ms, "heal": 1000 * ms, "transfer": 2000 * ms, "lose": 6000 * ms, "change": 3000 * ms,
+	}, func(p *plan, rng *rand.Rand) {
+		p.first = voters(3 + rng.IntN(3))
+		p.groups, p.resting, p.keepMax, p.segmentBytes = 2, true, 1+time.Duration(rng.IntN(3)), 4<<10
+		p.clients = rng.IntN(2)
+		p.sizeMax = []int{100, 1000}[rng.IntN(2)]
+		p.lease = 600 * ms
+	}},
+}
 
 func drawPlan(seed uint64) plan {
 	rng := rand.New(rand.NewPCG(seed, 0x91a2))
@@ -107,15 +168,29 @@ func drawPlan(seed uint64) plan {
 		delayMax:  pick(2, 20, 60, 120) * time.Millisecond,
 		flushMax:  pick(1, 5, 50) * time.Millisecond,
 		bulkEvery: time.Duration(10+rng.IntN(80)) * time.Millisecond,
+		sizeMax:   200, keepMax: 20, driftPPM: 1000, segmentBytes: segmentBytes,
+	}
+	special := profiles[seed%uint64(len(profiles))]
+	p.profile = special.name
+	if special.shape != nil {
+		special.shape(&p, rng)
 	}
 	drawKinds(rng, &p.first)
 	drawQuorums(rng, &p.first)
 	mood := 1 + rng.IntN(3)
 	for _, k := range faultKinds {
+		mean := k.mean
+		if special.faults != nil {
+			if mean = special.faults[k.name]; mean == 0 {
+				continue
+			}
+		}
 		if rng.IntN(3) == 0 { // every world lacks some, so that none hides another
 			continue
 		}
-		mean := k.mean * time.Duration(mood)
+		if special.faults == nil {
+			mean *= time.Duration(mood)
+		}
 		for at := time.Duration(rng.Int64N(int64(2 * mean))); at < p.chaos; at += 1 + time.Duration(rng.Int64N(int64(2*mean))) {
 			p.faults = append(p.faults, fault{at, k.name, rng.Uint64() >> 32, rng.Uint64() >> 32, rng.Uint64() >> 32, time.Duration(rng.Int64N(int64(3 * time.Second)))})
 		}

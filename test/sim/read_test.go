@@ -19,7 +19,9 @@ func (cl *client) read(o *operation, h *host, now paxosgroup.Instant) {
 	}
 	o.how = "index"
 	tries := cl.tries
+	floor := len(cl.check.log)
 	err := g.ReadIndex(now, func(slot paxosgroup.Slot, err error) {
+		cl.check.readSlot(h, slot, floor, err)
 		switch {
 		case cl.now != o || cl.tries != tries:
 		case err != nil:

@@ -88,7 +88,7 @@ func TestSafetyUnderFaults(t *testing.T) {
 				t.Errorf("no world had any %s: the simulator does not exercise it", f.name)
 			}
 		}
-		for _, k := range []string{"slots", "void", "terms", "seeded", "changes"} {
+		for _, k := range []string{"slots", "void", "terms", "seeded", "changes", "contested", "overruled", "probes"} {
 			if total[k] == 0 {
 				t.Errorf("no world had any %s: the simulator does not exercise it", k)
 			}
@@ -153,8 +153,9 @@ func runPlan(p plan) (r result) {
 	w := newWorld(p.seed, p.first, p.groups, func(c *paxosgroup.Config) {
 		c.PreferredRegion, c.HandBack = p.preferred, p.handBack
 		c.LeaseDuration, c.HeartbeatInterval = p.lease, p.lease/15
+		c.ClockDriftPPMMax, c.ElectionTimeoutMin = p.driftPPM, p.election
 	})
-	w.shared, w.leaseUnsafe = p.shared, p.ppmMax > 1000
+	w.shared, w.leaseUnsafe, w.waits, w.segmentBytes = p.shared, p.ppmMax > p.driftPPM, true, p.segmentBytes
 	c := &chaos{w: w, plan: p}
 	defer func() {
 		if x := recover(); x != nil {
@@ -175,6 +176,9 @@ func runPlan(p plan) (r result) {
 			r.did["void"] += g.void
 			r.did["terms"] += g.terms
 			r.did["changes"] += g.changes
+			r.did["contested"] += g.contested
+			r.did["overruled"] += g.overruled
+			r.did["probes"] += g.probes
 			for _, cl := range w.clients {
 				if cl.check == g {
 					for _, o := range cl.history {

@@ -209,10 +209,10 @@ func (cl *client) write(o *operation, h *host) {
 // told is called when the host says that a write is effective, wherever the
 // client waits by now.
 func (cl *client) told(o *operation) {
+	cl.check.acknowledged = append(cl.check.acknowledged, o.id)
 	if cl.now != o {
 		return
 	}
-	cl.check.acknowledged = append(cl.check.acknowledged, o.id)
 	o.done = cl.w.now
 	cl.now, cl.host = nil, nil
 	cl.think()
@@ -290,6 +290,11 @@ func (c *groupCheck) linearizable() error {
 	for _, id := range c.acknowledged {
 		if _, ok := c.kv.effective[id]; !ok {
 			return fmt.Errorf("group %d: write %d of session %d was acknowledged, and is not effective", c.id, id.sequence, id.session)
+		}
+	}
+	for _, payload := range c.confirmed {
+		if !c.effective[payload] {
+			return fmt.Errorf("group %d: %.20q was confirmed, and is not effective", c.id, payload)
 		}
 	}
 	for key, history := range ops {

@@ -34,11 +34,14 @@ type world struct {
 	flushMax     time.Duration
 	ppmMax       int64
 	cut          map[link]bool
+	lag          map[paxosgroup.ReplicaID]time.Duration        // of what is sent to it
 	drop         func(paxosgroup.Message) bool                 // a scenario's own
 	oneWay       func(a, b paxosgroup.ReplicaID) time.Duration // instead of delayMin to delayMax
 	clients      []*client
 	shared       bool // heartbeats are shared by all groups of two hosts
 	leaseUnsafe  bool // clocks are worse than what leases are made for
+	waits        bool // every second proposal of offer waits until it is effective
+	segmentBytes int64
 
 	offers, sent, seeded, refused int
 }
@@ -56,7 +59,7 @@ func newWorld(seed uint64, first paxosgroup.Membership, groups int, tune func(*p
 	w := &world{
 		rng: rand.New(rand.NewPCG(seed, 0x5eed)), first: first, tune: tune,
 		delayMin: time.Millisecond, delayMax: 40 * time.Millisecond, flushMax: 3 * time.Millisecond, ppmMax: 900,
-		cut: map[link]bool{},
+		cut: map[link]bool{}, lag: map[paxosgroup.ReplicaID]time.Duration{}, segmentBytes: segmentBytes,
 	}
 	for g := 1; g <= groups; g++ {
 		w.groups = append(w.groups, newGroupCheck(w, paxosgroup.GroupID(g), first))
@@ -128,6 +131,7 @@ func (w *world) sendAll(h *host, g paxosgroup.GroupID, msgs []paxosgroup.Message
 			if w.oneWay != nil {
 				d = w.oneWay(h.id, m.To)
 			}
+			d += w.lag[m.To]
 			if w.slow > 0 && w.rng.Float64() < w.slow {
 				d += w.random(3 * time.Second)
 			}

@@ -48,8 +48,10 @@ var table = []mutant{
 	{name: "learners vote", seed: 1, breaks: "learners are counted as voters", edits: []edit{{
 		"quorum.go", "			if x.Kind.votes() {\n				bit, ok", "			if x.Kind.votes() || ON {\n				bit, ok",
 	}}},
-	{name: "acks stay with the index", breaks: "acknowledgements of one replica count for another that got its index in a change", edits: []edit{{
+	{name: "acks stay with the index", breaks: "a change numbers the members anew, and acknowledgements stay with the numbers", edits: []edit{{
 		"quorum.go", "				r.log.places[i].acks &^= 1 << p.index\n", "				if !ON {\n					r.log.places[i].acks &^= 1 << p.index\n				}\n",
+	}, {
+		"quorum.go", "	r.bits = kept\n", "	if ON {\n		kept = bitTable{}\n		kept.ids[0] = r.cfg.ID\n	}\n	r.bits = kept\n",
 	}}},
 	{name: "no phase 1 with newcomers", seed: 3, breaks: "a change begins without the promises of a phase-1 quorum of the new members", edits: []edit{{
 		"reconfigure.go", "until <= r.now || !c.quorums.phase1(r.bits.set(r.lead.promised)) ||", "until <= r.now || !ON && !c.quorums.phase1(r.bits.set(r.lead.promised)) ||",
