@@ -120,7 +120,7 @@ var profiles = []profile{
 	{"mixed", nil, nil},
 	{"storm", map[string]time.Duration{
 		"relay": 500 * ms, "shortlived": 3000 * ms, "stutter": 3000 * ms, "pause": 2000 * ms, "split": 3000 * ms, "heal": 2000 * ms,
-		"crash": 3000 * ms, "change": 2000 * ms, "retire": 2000 * ms,
+		"crash": 3000 * ms, "change": 1500 * ms, "retire": 700 * ms,
 	}, func(p *plan, rng *rand.Rand) {
 		p.first, p.groups, p.preferred = voters(3+2*rng.IntN(2)), 1, ""
 		p.lease, p.election, p.chaos = 300*ms, 40*ms, 6*time.Second
@@ -136,7 +136,7 @@ var profiles = []profile{
 		p.bulkEvery = time.Duration(10+rng.IntN(300)) * ms
 	}},
 	{"transfer storm", map[string]time.Duration{
-		"handover": 500 * ms, "transfer": 800 * ms, "estrange": 1500 * ms, "cut": 2000 * ms, "heal": 1000 * ms, "pause": 2000 * ms, "resign": 4000 * ms, "change": 2000 * ms,
+		"handover": 500 * ms, "transfer": 800 * ms, "estrange": 1500 * ms, "cut": 2000 * ms, "heal": 1000 * ms, "pause": 2000 * ms, "resign": 4000 * ms, "change": 1500 * ms, "retire": 700 * ms,
 	}, func(p *plan, rng *rand.Rand) {
 		p.lease, p.election, p.groups = 600*ms, 40*ms, 1+rng.IntN(3)
 		p.clients = 1 + rng.IntN(3)
