@@ -182,6 +182,7 @@ func isPhase2Quorum(m paxosgroup.Membership, by map[paxosgroup.ReplicaID]bool) b
 func (c *groupCheck) flushed(h *host, recs []paxosgroup.Record) {
 	for _, r := range recs {
 		if r.Kind == paxosgroup.RecordAccept {
+			h.view(c.id).hold(r.Slot, r.Ballot)
 			c.accepted(h, r.Slot, r.Ballot, r.Entry)
 		}
 	}
@@ -287,6 +288,23 @@ func (c *groupCheck) readSlot(h *host, slot paxosgroup.Slot, floor int, err erro
 	}
 }
 
+// hold keeps what was accepted and flushed, as long as it is not long chosen.
+func (v *view) hold(s paxosgroup.Slot, ballot paxosgroup.Ballot) {
+	if v.held == nil {
+		v.held = map[paxosgroup.Slot]paxosgroup.Ballot{}
+	}
+	if v.held[s].Less(ballot) {
+		v.held[s] = ballot
+	}
+	if len(v.held) > 512 {
+		for old := range v.held {
+			if old+256 < v.delivered {
+				delete(v.held, old)
+			}
+		}
+	}
+}
+
 // sent keeps what a message says its sender will never forget.
 func (c *groupCheck) sent(h *host, m paxosgroup.Message) {
 	switch m.Kind {
@@ -316,14 +334,12 @@ func (c *groupCheck) remembers(h *host, st paxosgroup.Restored) {
 	for _, a := range st.Accepted {
 		have[a.Slot] = a.Ballot
 	}
-	for s, bs := range c.votes {
-		for _, b := range bs {
-			if !b.by[h.id] || s <= st.Chosen {
-				continue
-			}
-			if at, ok := have[s]; !ok || at.Less(b.ballot) {
-				c.fail("host %d restarts without what it flushed in slot %d at ballot %v", h.id, s, b.ballot)
-			}
+	v := h.view(c.id)
+	for s, ballot := range v.held {
+		if s <= st.Chosen {
+			delete(v.held, s)
+		} else if at, ok := have[s]; !ok || at.Less(ballot) {
+			c.fail("host %d restarts without what it flushed at ballot %v in a slot above %d", h.id, ballot, st.Chosen)
 		}
 	}
 }

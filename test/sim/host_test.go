@@ -50,9 +50,9 @@ type host struct {
 type view struct {
 	delivered  paxosgroup.Slot // in this life
 	leaseUntil paxosgroup.Instant
-	promised   paxosgroup.Ballot // highest seen
-	vouched    paxosgroup.Ballot // highest that a message it sent rests on; outlives the process
-	unflushed  []paxosgroup.Record
+	promised   paxosgroup.Ballot                     // highest seen
+	vouched    paxosgroup.Ballot                     // highest that a message it sent rests on; outlives the process
+	held       map[paxosgroup.Slot]paxosgroup.Ballot // accepted there and flushed; outlives the process
 	looks      int
 }
 
