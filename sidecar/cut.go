@@ -183,6 +183,9 @@ func (se *session) makeDurable(ctx context.Context) error {
 	se.mu.Lock()
 	sure := !se.looking && (se.settled || !se.proposing.IsZero())
 	applied, durable := se.applied, se.durable
+	if se.divergent != "" {
+		sure, applied = false, durable // its word counts for nothing
+	}
 	se.mu.Unlock()
 	if applied > durable && sure && se.replay.Progress() < uint64(applied) {
 		if err := se.lockApplying(ctx); err != nil {
@@ -210,7 +213,9 @@ func (se *session) makeDurable(ctx context.Context) error {
 	se.mu.Lock()
 	// What is not whole is of no use to others: they need its first fragment, and
 	// where that is is known only of what was learned.
-	se.durable = max(se.durable, se.large.whole(min(paxosgroup.Slot(flushed), se.learned)))
+	if se.divergent == "" {
+		se.durable = max(se.durable, se.large.whole(min(paxosgroup.Slot(flushed), se.learned)))
+	}
 	se.mu.Unlock()
 	return nil
 }

@@ -1,6 +1,7 @@
 package sidecar
 
 import (
+	"log/slog"
 	"math"
 	"testing"
 
@@ -139,5 +140,10 @@ func TestDurableFallsWithTheServer(t *testing.T) {
 	s.standAt(300)
 	if s.applied != 300 || s.durable != 279 {
 		t.Errorf("put back: applied %d, on disk %d", s.applied, s.durable)
+	}
+	s.log = slog.New(slog.DiscardHandler)
+	s.condemn("it was put back")
+	if s.durable != 0 {
+		t.Errorf("condemned: on disk %d", s.durable)
 	}
 }

@@ -333,8 +333,10 @@ func (s *shard) confirm() {
 	s.stream.Confirm(to)
 }
 
-// condemn marks this database as one that must be replaced. The caller holds mu.
+// condemn marks this database as one that must be replaced. Nothing is cut any
+// more, here or elsewhere, because it is in this database. The caller holds mu.
 func (s *shard) condemn(why string) {
+	s.durable = 0
 	if s.divergent == "" {
 		s.divergent = why
 		s.log.Error("this database must be replaced", "why", why)
