@@ -368,9 +368,15 @@ func (se *session) exportFollower(ctx context.Context) (*snapshot.Exported, erro
 	// The image's log must hold the large transaction that is under way from its
 	// first fragment on. Fragments write nothing, and sequence marks among them
 	// may be applied twice, so an earlier slot is as true of the image.
+	// Where one began is known only of what was learned.
 	se.mu.Lock()
+	known := slot <= se.learned
 	slot = se.large.whole(slot)
 	se.mu.Unlock()
+	if !known {
+		e.Release()
+		return nil, fmt.Errorf("export at slot %d: the log is learned only up to below it", slot)
+	}
 	return se.exported(ctx, e.Name, slot, e.Release)
 }
 
