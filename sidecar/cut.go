@@ -24,8 +24,9 @@ import (
 const (
 	// cutEvery is how often it is looked what could be cut.
 	cutEvery = 2 * time.Second
-	// imageHeldFor is how long after an image was shipped the log still holds what
-	// its receiver goes on with.
+	// imageHeldFor is how long at least after an image was shipped the log still
+	// holds what its receiver goes on with. It has indexes to build, which takes
+	// about as long as the shipping.
 	imageHeldFor = 30 * time.Second
 	// cutTo is what is left of a bound after a cut, so that not every look cuts.
 	cutTo = 0.75
@@ -67,13 +68,13 @@ type heldImage struct {
 // hold keeps the log above slot until the returned function was called, and a
 // while longer.
 func (s *shard) hold(slot paxosgroup.Slot) (release func()) {
-	h := &heldImage{slot: slot}
+	h, begun := &heldImage{slot: slot}, time.Now()
 	s.mu.Lock()
 	s.images = append(s.images, h)
 	s.mu.Unlock()
 	return func() {
 		s.mu.Lock()
-		h.until = time.Now().Add(imageHeldFor)
+		h.until = time.Now().Add(max(imageHeldFor, time.Since(begun)))
 		s.mu.Unlock()
 	}
 }

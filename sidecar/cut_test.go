@@ -93,6 +93,13 @@ func TestFootings(t *testing.T) {
 	if f, err := footingAt(id, here, base(80, 9, here)); err != nil || f != second {
 		t.Errorf("the seeding did not come to be: %+v, %v", f, err)
 	}
+	again := &identity{Cut: true, Footings: afterCut(nil, 0, second)}
+	for slot := paxosgroup.Slot(81); slot < 90; slot++ { // cuts that do not come to be
+		again.Footings = afterCut(again.Footings, 80, footing{Incarnation: here, Slot: slot})
+	}
+	if f, err := footingAt(again, here, base(80, 9, here)); err != nil || f != second || len(again.Footings) > footingsMax {
+		t.Errorf("after cuts that did not come to be: %+v, %v", f, err)
+	}
 	if _, err := footingAt(id, other, base(80, 9, here)); err == nil {
 		t.Error("a database that nobody knows is taken")
 	}

@@ -39,11 +39,21 @@ func addFooting(footings []footing, f footing) []footing {
 }
 
 // afterCut returns the footings that matter once the log of an incarnation began
-// at base and is about to begin at f.
+// at base and is about to begin at f. However often that does not come to be, the
+// footing at base stays.
 func afterCut(footings []footing, base paxosgroup.Slot, f footing) []footing {
-	return addFooting(slices.DeleteFunc(slices.Clone(footings), func(o footing) bool {
+	kept := slices.DeleteFunc(slices.Clone(footings), func(o footing) bool {
 		return o.Incarnation != f.Incarnation || !o.Seeded && o.Slot < base
-	}), f)
+	})
+	present := slices.IndexFunc(kept, func(o footing) bool { return !o.Seeded && o.Slot == base })
+	if present < 0 {
+		present = slices.IndexFunc(kept, func(o footing) bool { return o.Seeded && o.Slot >= base })
+	}
+	if present >= 0 {
+		o := kept[present]
+		kept = append(slices.Delete(kept, present, present+1), o)
+	}
+	return addFooting(kept, f)
 }
 
 // footingAt returns what an incarnation's learner starts from where the log does.
