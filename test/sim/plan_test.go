@@ -129,6 +129,7 @@ var profiles = []profile{
 	}},
 	{"slow clock", map[string]time.Duration{
 		"farback": 1200 * ms, "estrange": 1500 * ms, "deaf": 1500 * ms, "pause": 2000 * ms, "isolate": 4000 * ms, "heal": 3000 * ms, "crash": 5000 * ms,
+		"suspend": 1500 * ms,
 	}, func(p *plan, rng *rand.Rand) {
 		p.first, p.preferred = voters(3+rng.IntN(3)), ""
 		p.lease, p.election, p.ppmMax, p.driftPPM = 600*ms, 40*ms, 49_000, 50_000
@@ -136,9 +137,9 @@ var profiles = []profile{
 		p.bulkEvery = time.Duration(10+rng.IntN(300)) * ms
 	}},
 	{"transfer storm", map[string]time.Duration{
-		"handover": 500 * ms, "transfer": 800 * ms, "estrange": 1500 * ms, "cut": 2000 * ms, "heal": 1000 * ms, "pause": 2000 * ms, "resign": 4000 * ms, "change": 1500 * ms, "retire": 700 * ms,
+		"handover": 500 * ms, "transfer": 800 * ms, "estrange": 1000 * ms, "cut": 2000 * ms, "heal": 1000 * ms, "pause": 2000 * ms, "resign": 4000 * ms, "change": 1500 * ms, "retire": 700 * ms,
 	}, func(p *plan, rng *rand.Rand) {
-		p.lease, p.election, p.groups = 600*ms, 40*ms, 1+rng.IntN(3)
+		p.lease, p.election, p.groups, p.shared = 600*ms, 40*ms, 1+rng.IntN(3), rng.IntN(4) > 0
 		p.clients = 1 + rng.IntN(3)
 		p.bulkEvery = time.Duration(10+rng.IntN(300)) * ms
 	}},
