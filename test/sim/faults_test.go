@@ -30,6 +30,9 @@ func (c *chaos) begin() {
 	w.loss, w.repeat, w.slow, w.delayMax, w.flushMax, w.ppmMax = p.loss, p.repeat, p.slow, p.delayMax, p.flushMax, p.ppmMax
 	w.begin()
 	for _, g := range w.groups {
+		if p.resting && g.id == 1 {
+			continue
+		}
 		for range p.clients {
 			w.addClient(g)
 		}
@@ -70,8 +73,8 @@ func (c *chaos) bulk() {
 	})
 }
 
-// quiet reports whether a group is to rest: one of several does, most of the time,
-// where the disk is what matters.
+// quiet reports whether a group is to rest, as one does in some worlds, most of the
+// time: its disk and its leases are then renewed for the sake of others alone.
 func (c *chaos) quiet(g *groupCheck) bool {
 	return c.plan.resting && g.id == 1 && c.w.rng.IntN(64) > 0
 }
@@ -284,7 +287,7 @@ func (c *chaos) strikeLeader(f fault, g *groupCheck, l *host) bool {
 	case "handover":
 		did = c.handOver(f, g, l)
 	case "estrange":
-		c.estrange(f, l)
+		c.estrange(f, g, l)
 		did = true
 	case "shortlived":
 		l.crash()
@@ -378,14 +381,18 @@ func (c *chaos) handOver(f fault, g *groupCheck, l *host) bool {
 }
 
 // estrange keeps a leader away until another may lead, and then lets it meet only
-// some of the others again.
-func (c *chaos) estrange(f fault, l *host) {
+// some of the others again, or all but its successor.
+func (c *chaos) estrange(f fault, g *groupCheck, l *host) {
 	w := c.w
 	w.sever(only(l), anyone)
 	w.sever(anyone, only(l))
-	w.after(c.plan.lease+c.plan.lease*time.Duration(f.c%1000)/1000, func() {
+	w.after(c.plan.lease+c.plan.lease*time.Duration(100+f.c%800)/1000, func() {
+		meets := some(f.b)
+		if next := w.leader(g.id); f.b%4 > 0 && next != l {
+			meets = not(only(next))
+		}
 		for _, h := range w.hosts {
-			if some(f.b)(h) {
+			if meets(h) {
 				delete(w.cut, link{l.id, h.id})
 				delete(w.cut, link{h.id, l.id})
 			}

@@ -133,6 +133,7 @@ var profiles = []profile{
 	}, func(p *plan, rng *rand.Rand) {
 		p.first, p.preferred = voters(3+rng.IntN(3)), ""
 		p.lease, p.election, p.ppmMax, p.driftPPM = 600*ms, 40*ms, 49_000, 50_000
+		p.shared, p.resting = rng.IntN(4) > 0, rng.IntN(2) == 0
 		p.delayMax = []time.Duration{2 * ms, 10 * ms, 30 * ms}[rng.IntN(3)]
 		p.bulkEvery = time.Duration(10+rng.IntN(300)) * ms
 	}},
@@ -140,7 +141,8 @@ var profiles = []profile{
 		"handover": 500 * ms, "transfer": 800 * ms, "estrange": 1000 * ms, "cut": 2000 * ms, "heal": 1000 * ms, "pause": 2000 * ms, "resign": 4000 * ms, "change": 1500 * ms, "retire": 700 * ms,
 	}, func(p *plan, rng *rand.Rand) {
 		p.lease, p.election, p.groups, p.shared = 600*ms, 40*ms, 1+rng.IntN(3), rng.IntN(4) > 0
-		p.clients = 1 + rng.IntN(3)
+		p.clients, p.resting = 1+rng.IntN(3), rng.IntN(2) == 0
+		p.delayMax = []time.Duration{2 * ms, 10 * ms, 40 * ms}[rng.IntN(3)]
 		p.bulkEvery = time.Duration(10+rng.IntN(300)) * ms
 	}},
 	{"disk", map[string]time.Duration{
