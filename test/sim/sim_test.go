@@ -16,7 +16,7 @@ import (
 
 var (
 	simSeed   = flag.Uint64("sim.seed", 0, "replay this one seed, and shrink what fails")
-	simSeeds  = flag.Int("sim.seeds", 150, "how many seeds to run, from -sim.from on")
+	simSeeds  = flag.Int("sim.seeds", 1000, "how many seeds to run, from -sim.from on")
 	simFrom   = flag.Uint64("sim.from", 1, "first seed")
 	simFirst  = flag.Bool("sim.first", false, "stop at the first seed that fails")
 	simCover  = flag.Bool("sim.coverage", true, "with 100 seeds or more, want every kind of fault to have happened")
@@ -53,6 +53,9 @@ func TestSafetyUnderFaults(t *testing.T) {
 	from, n := *simFrom, *simSeeds
 	if *simSeed != 0 {
 		from, n = *simSeed, 1
+	}
+	if testing.Short() {
+		n = min(n, 150)
 	}
 	total, steps, failed, seeds := map[string]int{}, 0, 0, 0
 	start := time.Now()
