@@ -34,7 +34,6 @@ type result struct {
 	steps int
 	trace uint64
 	did   map[string]int
-	slots int
 }
 
 // summary is printed last.
