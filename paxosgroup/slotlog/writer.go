@@ -230,7 +230,9 @@ func (l *Log) create(s *segment) error {
 }
 
 func (l *Log) publish(p preparedFile, s *segment) error {
-	named := *s
+	l.mu.Lock()
+	named := *s // Append counts records in s meanwhile
+	l.mu.Unlock()
 	if err := p.publish(l.cfg.FS, l.cfg.Dir, &named); err != nil {
 		return errors.Join(err, p.file.Close())
 	}
