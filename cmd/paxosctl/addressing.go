@@ -73,6 +73,22 @@ func (a *addressing) endpoints(cmd *cobra.Command) ([]endpoint, error) {
 	return found, nil
 }
 
+// dialLeader connects to the sidecar of the leader region, or to the first given
+// if that region is not among those given: it answers with what to do.
+func (a *addressing) dialLeader(cmd *cobra.Command, leader string) (*grpc.ClientConn, error) {
+	endpoints, err := a.endpoints(cmd)
+	if err != nil {
+		return nil, err
+	}
+	target := endpoints[0]
+	for _, e := range endpoints {
+		if e.Name == leader {
+			target = e
+		}
+	}
+	return dial(target)
+}
+
 // dial connects to a sidecar; the connection is made at the first call.
 func dial(e endpoint) (*grpc.ClientConn, error) {
 	conn, err := grpc.NewClient(e.Admin, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithNoProxy())

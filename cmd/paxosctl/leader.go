@@ -134,17 +134,7 @@ func transfer(cmd *cobra.Command, a *addressing, to string, timeout time.Duratio
 	if v.Leader == "" {
 		return transferView{}, coded(exitNoLeader, "no region leads at the moment, so none can hand over; paxosctl status tells why")
 	}
-	endpoints, err := a.endpoints(cmd)
-	if err != nil {
-		return transferView{}, err
-	}
-	target := endpoints[0]
-	for _, e := range endpoints {
-		if e.Name == v.Leader {
-			target = e
-		}
-	}
-	conn, err := dial(target)
+	conn, err := a.dialLeader(cmd, v.Leader)
 	if err != nil {
 		return transferView{}, err
 	}

@@ -114,17 +114,7 @@ is new is not added here: its sidecar asks to join when it is started.
 		if v.Leader == "" {
 			return coded(exitNoLeader, "no region leads at the moment, so none can change the membership; paxosctl status tells why")
 		}
-		endpoints, err := a.endpoints(cmd)
-		if err != nil {
-			return err
-		}
-		target := endpoints[0]
-		for _, e := range endpoints {
-			if e.Name == v.Leader {
-				target = e
-			}
-		}
-		conn, err := dial(target)
+		conn, err := a.dialLeader(cmd, v.Leader)
 		if err != nil {
 			return err
 		}
